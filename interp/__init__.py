@@ -1,0 +1,57 @@
+"""interp: open up transformer language models, Mixture-of-Experts first.
+
+Six nouns (Model, Site, Activations, Edit, Metric, Table) and five verbs (capture, intervene, attribute, fit, bake):
+
+    import interp
+    m = interp.load("smollm2")                           # or a hub id, a directory, a .gguf file, a loaded model
+    acts = m.capture("The capital of France is", ["resid_post[*]"])
+    acts["resid_post[5]"]                                # Tensor [batch, pos, d_model]
+
+Everything below is found on first use (PEP 562), so `import interp` itself loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from interp.version import __version__
+
+# public name -> the module that defines it; a module's own name stands for the module itself
+_HOME = {
+    "load": "interp.zoo.load",
+    "Model": "interp.model",
+    "Site": "interp.sites",
+    "Tokens": "interp.activations",
+    "Activations": "interp.activations",
+    "ExpertActivations": "interp.activations",
+    "Edit": "interp.edits",
+    "Scope": "interp.edits",
+}
+_MODULES = ("edits", "metrics", "store", "zoo", "plots")
+
+__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604 -- built from the table above so that it cannot drift
+
+if TYPE_CHECKING:
+    from interp import edits, metrics, plots, store, zoo
+    from interp.activations import Activations, ExpertActivations, Tokens
+    from interp.edits import Edit, Scope
+    from interp.model import Model
+    from interp.sites import Site
+    from interp.zoo.load import load
+
+
+def __getattr__(name: str) -> Any:
+    """Import what `interp.<name>` stands for, and keep it, so that the next look-up is an ordinary attribute."""
+    if name in _MODULES:
+        value: Any = import_module(f"interp.{name}")
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"interp has no {name!r}; it has {', '.join(sorted(__all__))}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
