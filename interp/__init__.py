@@ -1,13 +1,15 @@
 """interp: open up transformer language models, Mixture-of-Experts first.
 
-Six nouns (Model, Site, Activations, Edit, Metric, Table) and five verbs (capture, intervene, attribute, fit, bake):
+Six nouns (Model, Site, Activations, Edit, Metric, Table) and five verbs (capture, intervene, attribute, fit,
+bake):
 
     import interp
-    m = interp.load("smollm2")                           # or a hub id, a directory, a .gguf file, a loaded model
+    m = interp.load("smollm2")                           # or a hub id, a directory, a .gguf, a model
     acts = m.capture("The capital of France is", ["resid_post[*]"])
     acts["resid_post[5]"]                                # Tensor [batch, pos, d_model]
 
-Everything below is found on first use (PEP 562), so `import interp` itself loads neither torch nor transformers.
+Everything below is found on first use (PEP 562), so `import interp` itself loads neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -26,23 +28,41 @@ _HOME = {
     "Activations": "interp.activations",
     "ExpertActivations": "interp.activations",
     "Edit": "interp.edits",
-    "Scope": "interp.edits",
+    "Scope": "interp.scope",
 }
 _MODULES = ("edits", "metrics", "store", "zoo", "plots")
 
-__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604 -- built from the table above so that it cannot drift
+# written out for the linters; tests/test_import.py compares it with the two tables above
+__all__ = [
+    "Activations",
+    "Edit",
+    "ExpertActivations",
+    "Model",
+    "Scope",
+    "Site",
+    "Tokens",
+    "__version__",
+    "edits",
+    "load",
+    "metrics",
+    "plots",
+    "store",
+    "zoo",
+]
 
 if TYPE_CHECKING:
     from interp import edits, metrics, plots, store, zoo
     from interp.activations import Activations, ExpertActivations, Tokens
-    from interp.edits import Edit, Scope
+    from interp.edits import Edit
     from interp.model import Model
+    from interp.scope import Scope
     from interp.sites import Site
     from interp.zoo.load import load
 
 
 def __getattr__(name: str) -> Any:
-    """Import what `interp.<name>` stands for, and keep it, so that the next look-up is an ordinary attribute."""
+    """Import what `interp.<name>` stands for, and keep it, so that the next look-up is an ordinary
+    attribute."""
     if name in _MODULES:
         value: Any = import_module(f"interp.{name}")
     elif name in _HOME:
