@@ -1,0 +1,263 @@
+"""Activations: what a run left at the sites that were asked for.
+
+Tensors keep the axes of their site (``acts.axes("z[5]")`` says which). Expert activations stay sparse: one row per
+(token, slot), never tokens x experts x d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from interp.sites import Pattern, Site, SiteError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of token ids.
+
+    Attributes:
+        ids: [batch, pos].
+        mask: True at real tokens [batch, pos].
+        texts: the texts they came from, if they came from texts.
+        offsets: per row the character span (start, end) of each token in its text, without padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    texts: list[str] | None = None
+    offsets: list[list[tuple[int, int]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def position(self) -> Tensor:
+        """Place of each token among its row's real tokens [batch, pos]."""
+        return (self.mask.long().cumsum(1) - 1).clamp_(min=0)
+
+    @property
+    def last(self) -> Tensor:
+        """Column of each row's last real token [batch]."""
+        width = self.mask.shape[1]
+        return width - 1 - self.mask.long().flip(1).argmax(1)
+
+    def padded(self, side: str) -> Tokens:
+        """The same batch with its padding on the other side ('left' or 'right')."""
+        order = self.mask.long().argsort(dim=1, descending=side == "right", stable=True)
+        return Tokens(self.ids.gather(1, order), self.mask.gather(1, order), self.texts, self.offsets)
+
+    def row(self, i: int) -> Tensor:
+        """Ids of row i without padding [pos]."""
+        return self.ids[i][self.mask[i]]
+
+    def __repr__(self) -> str:
+        return f"Tokens({self.ids.shape[0]} rows x {self.ids.shape[1]} columns, {int(self.mask.sum())} tokens)"
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertActivations:
+    """The routed experts of one MoE layer, one row per (token, slot).
+
+    The layer's output is ``(weights[..., None] * out).sum(slot) + shared``.
+
+    Attributes:
+        ids: experts chosen [batch, pos, slot].
+        weights: with what weight each output is added [batch, pos, slot].
+        hidden: the experts' neurons [batch, pos, slot, neuron], if captured.
+        out: the experts' outputs before the weight [batch, pos, slot, d_model], if captured.
+    """
+
+    layer: int
+    ids: Tensor
+    weights: Tensor
+    mask: Tensor
+    hidden: Tensor | None = None
+    out: Tensor | None = None
+    n_experts: int = 0
+
+    def rows(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, pos, slot) of every real token routed to `expert`, each [row]."""
+        batch, pos, slot = ((self.ids == expert) & self.mask[..., None]).nonzero(as_tuple=True)
+        return batch, pos, slot
+
+    def load(self) -> Tensor:
+        """Tokens routed to each expert [expert]; padding is not counted."""
+        return torch.bincount(self.ids[self.mask].flatten(), minlength=self.n_experts)
+
+    def frame(self) -> pd.DataFrame:
+        """One line per (token, slot): batch, position, slot, layer, expert, weight and, if captured, norms."""
+        import pandas as pd
+
+        batch, pos, slot = torch.broadcast_to(self.mask[..., None], self.ids.shape).nonzero(as_tuple=True)
+        columns: dict[str, Any] = {
+            "batch": batch, "position": pos, "slot": slot, "layer": self.layer,
+            "expert": self.ids[batch, pos, slot], "weight": self.weights[batch, pos, slot].float(),
+        }
+        for name, tensor in (("hidden_norm", self.hidden), ("out_norm", self.out)):
+            if tensor is not None:
+                columns[name] = tensor[batch, pos, slot].float().norm(dim=-1)
+        return pd.DataFrame({k: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()})
+
+
+@dataclass(eq=False)
+class Activations(Mapping[str, Tensor]):
+    """A mapping from site to tensor: ``acts["resid_post[5]"]``, ``acts["z[5, head=3]"]``, ``acts["resid_post[*]"]``.
+
+    A pattern over layers gives them stacked [layer, batch, pos, ...].
+
+    Attributes:
+        tokens: the tokens that were run.
+        logits: the model's output [batch, pos, vocab], if asked for.
+    """
+
+    tokens: Tokens
+    tensors: dict[Site, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    model: str = ""
+    n_experts: int = 0
+    rotary: bool = True
+
+    @property
+    def mask(self) -> Tensor:
+        """True at real tokens [batch, pos]."""
+        return self.tokens.mask
+
+    @property
+    def sites(self) -> list[Site]:
+        return sorted(self.tensors)
+
+    def axes(self, site: str | Site) -> tuple[str, ...]:
+        return Site.parse(site).axes
+
+    def __getitem__(self, key: str | Site) -> Tensor:
+        if not isinstance(key, Site):
+            pattern = Pattern.parse(key, rotary=self.rotary)
+            if not pattern.concrete:
+                return self._stack(pattern)
+            key = Site.parse(key, rotary=self.rotary)
+        key = self._absolute(key)
+        if key in self.tensors:
+            return self.tensors[key]
+        if key.base in self.tensors:
+            return pick(self.tensors[key.base], key, self._ids(key))
+        raise KeyError(f"{key} was not captured; there are {self._summary()}")
+
+    def _absolute(self, site: Site) -> Site:
+        if site.layer is None or site.layer >= 0:
+            return site
+        layers = [s.layer for s in self.tensors if s.name == site.name and s.layer is not None]
+        top = max(layers, default=-1) + 1
+        return Site(site.name, site.layer + top, site.index)
+
+    def _ids(self, site: Site) -> Tensor | None:
+        return self.tensors.get(Site("expert_ids", site.layer)) if site.kind.routed else None
+
+    def _stack(self, pattern: Pattern) -> Tensor:
+        layers = sorted({s.layer for s in self.tensors if s.name == pattern.name and s.layer is not None})
+        sites = pattern.expand(layers, lambda name, layer, key: self._size(name, layer, key))
+        if not sites:
+            raise KeyError(f"{pattern.text}: no such site was captured; there are {self._summary()}")
+        parts = [self[s] for s in sites]
+        if len({p.shape for p in parts}) > 1:
+            raise SiteError(f"{pattern.text}: these sites differ in shape ({', '.join(str(list(p.shape)) for p in parts)}); "
+                            "read them one by one")
+        return torch.stack(parts)
+
+    def _size(self, name: str, layer: int | None, key: str) -> int:
+        site = Site(name, layer)
+        if name.startswith("expert") and key == "expert":
+            return self.n_experts
+        return self.tensors[site].shape[site.kind.axes.index(site.kind.index[key])]
+
+    def __iter__(self) -> Iterator[str]:
+        return (str(site) for site in self.sites)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def experts(self, layer: int) -> ExpertActivations:
+        """The routed experts of one layer. KeyError where none of its expert sites was captured."""
+
+        def get(name: str) -> Tensor | None:
+            return self.tensors.get(Site(name, layer))
+
+        ids, weights = get("expert_ids"), get("expert_weight")
+        if ids is None or weights is None:
+            raise KeyError(f"no experts of layer {layer} were captured; capture 'expert_weight[{layer}]' or "
+                           f"'expert_out[{layer}]'. There are {self._summary()}")
+        return ExpertActivations(layer, ids, weights, self.mask, get("expert_hidden"), get("expert_out"), self.n_experts)
+
+    def mean(self, site: str | Site) -> Tensor:
+        """Mean over real tokens; what mean ablation puts back."""
+        tensor, mask = self[site], self.mask
+        return tensor[mask].mean(0) if tensor.shape[:2] == mask.shape else tensor.mean(0)
+
+    def to(self, *args: Any, **kwargs: Any) -> Activations:
+        """Activations moved or converted as ``Tensor.to`` does; integer tensors keep their dtype."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(*args, **kwargs) if t.is_floating_point() else t.to(*args, **kwargs).to(t.dtype)
+
+        moved = {site: move(t) for site, t in self.tensors.items()}
+        logits = None if self.logits is None else move(self.logits)
+        return Activations(self.tokens, moved, logits, self.model, self.n_experts, self.rotary)
+
+    def detach(self) -> Activations:
+        moved = {site: t.detach() for site, t in self.tensors.items()}
+        logits = None if self.logits is None else self.logits.detach()
+        return Activations(self.tokens, moved, logits, self.model, self.n_experts, self.rotary)
+
+    def to_transformer_lens(self) -> Any:
+        """The same activations as a TransformerLens ActivationCache, under its names."""
+        from interp.bridges.transformer_lens import to_cache
+
+        return to_cache(self)
+
+    def _summary(self) -> str:
+        names: dict[str, list[str]] = {}
+        for site in self.sites:
+            names.setdefault(site.name, []).append("" if site.layer is None else str(site.layer))
+        return ", ".join(f"{name}[{_ranges(layers)}]" if layers != [""] else name for name, layers in names.items()) or "none"
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.tokens.ids.shape))
+        size = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return f"Activations({self.model or 'model'}, {shape} tokens, {size / 2**20:.1f} MiB: {self._summary()})"
+
+
+def pick(tensor: Tensor, site: Site, ids: Tensor | None = None) -> Tensor:
+    """The part of a whole site's tensor that an indexed site names.
+
+    ``expert=`` at a routed site picks rows by the `ids` [batch, pos, slot] chosen, giving [row, ...].
+    """
+    axes = list(site.kind.axes)
+    index = dict(site.index)
+    expert = index.pop("expert", None) if site.kind.routed else None
+    for key, value in index.items():
+        axis = axes.index(site.kind.index[key])
+        tensor = tensor.select(axis, value)
+        axes.pop(axis)
+    if expert is not None:
+        if ids is None:
+            raise SiteError(f"{site}: the chosen experts are unknown; capture 'expert_ids[{site.layer}]' too")
+        tensor = tensor[ids == expert]
+    return tensor
+
+
+def _ranges(layers: list[str]) -> str:
+    """'0, 1, 2, 5' as '0..2, 5'."""
+    runs: list[list[int]] = []
+    for n in map(int, dict.fromkeys(layers)):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{r[0]}..{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

@@ -1,0 +1,255 @@
+"""Edits: what to do at a site while the model runs.
+
+An edit is a site, a map ``h -> h'``, a scope (which tokens) and perhaps a gate (how much)::
+
+    edits.zero("z[5, head=3]")                         knock a head out
+    edits.add("resid_post[15]", v, scope="generated")  steer
+    edits.project_out("resid_post[*]", direction)      directional ablation
+    edits.freeze("expert_weight[3]", acts)             replay what another run left there
+
+Steering vectors, patches, ablations, SAE and probe interventions are all only ways to make edits, so everything that
+holds here holds for them:
+
+* Edits at one site act in the order in which they were entered: outer contexts first, then from left to right. At
+  different sites the order is the model's own.
+* Only the tokens of the scope change, bit for bit; padding never does.
+* With a gate g in [0, 1] the site becomes ``h + g (h' - h)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace as _replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from interp.scope import Scope
+
+
+class EditError(ValueError):
+    """An edit that does not fit the tensor it meets."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a map may know besides the activation: where its tokens are.
+
+    Attributes:
+        site: the site's text, for messages.
+        position: place of each token among its row's real tokens [batch, pos].
+        mask: the tokens that this edit may change [batch, pos].
+        pos_axis: the axis of the activation that runs over tokens.
+    """
+
+    site: str
+    position: Tensor
+    mask: Tensor
+    pos_axis: int = 1
+
+
+class Map(Protocol):
+    """A function of an activation [batch, pos, ...]; it may change all of it, the scope then picks."""
+
+    def __call__(self, h: Tensor, where: Where) -> Tensor: ...
+
+
+Gate = Callable[[Tensor, Where], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One intervention. Build it with the functions of this module; combine by passing several to ``intervene``.
+
+    Attributes:
+        site: a site or pattern, e.g. ``"resid_post[5]"`` or ``"z[*, head=0]"``.
+        map: what happens to the activation.
+        scope: which tokens; a `Scope` or its text.
+        gate: how much, per token: a function (h, where) -> [batch] or [batch, pos] in [0, 1].
+        name: shown in traces and errors.
+    """
+
+    site: str
+    map: Map
+    scope: Scope = field(default_factory=Scope.all)
+    gate: Gate | None = None
+    name: str = "edit"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "site", str(self.site))
+        object.__setattr__(self, "scope", Scope.parse(self.scope))
+
+    def within(self, scope: str | Scope | Tensor) -> Edit:
+        """The same edit on other tokens."""
+        return _replace(self, scope=Scope.parse(scope))
+
+    def gated(self, gate: Gate) -> Edit:
+        return _replace(self, gate=gate)
+
+    def __repr__(self) -> str:
+        return f"Edit({self.name} at {self.site}, scope={self.scope.text!r}{', gated' if self.gate else ''})"
+
+
+# -- maps ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """``h -> A h + b`` on the last axis.
+
+    `A` is None (identity), a number or vector (scales), a matrix [out, in], or is given as ``I - U Uᵀ`` by `remove` [k, d]
+    with orthonormal rows. All linear interventions of the literature are cases of it.
+    """
+
+    A: Tensor | float | None = None
+    b: Tensor | float | None = None
+    remove: Tensor | None = None
+
+    def __call__(self, h: Tensor, where: Where) -> Tensor:
+        out = h
+        if self.remove is not None:
+            u = _fit(self.remove, h, where, matrix=True)
+            out = out - (out @ u.T) @ u
+        if isinstance(self.A, Tensor) and self.A.dim() == 2:
+            a = _fit(self.A, h, where, matrix=True)
+            if a.shape[0] != h.shape[-1]:
+                raise EditError(f"{where.site}: the matrix A is {list(a.shape)}; it must be square, of size {h.shape[-1]}")
+            out = out @ a.T
+        elif isinstance(self.A, Tensor):
+            out = out * _fit(self.A, h, where)
+        elif self.A is not None:
+            out = out * self.A
+        if isinstance(self.b, Tensor):
+            out = out + _fit(self.b, h, where)
+        elif self.b is not None:
+            out = out + self.b
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """``h -> value``: a number, one tensor for every token, or (with as many axes as `h`) one value per token.
+
+    Values per token run along the position axis by *token position*: entry 0 belongs to each row's first real token,
+    whatever the padding and whether a cache is in use.
+    """
+
+    value: Tensor | float
+
+    def __call__(self, h: Tensor, where: Where) -> Tensor:
+        if not isinstance(self.value, Tensor):
+            return torch.full_like(h, self.value)
+        if self.value.dim() != h.dim() or h.dim() < 2:
+            return _fit(self.value, h, where).expand_as(h)
+        value, axis = self.value, where.pos_axis
+        if value.dtype != h.dtype or value.device != h.device:
+            raise EditError(f"{where.site}: the value is {value.dtype} on {value.device}, the model computes {h.dtype} on "
+                            f"{h.device}; convert it with .to({str(h.device)!r}, {h.dtype})")
+        rest = [i for i in range(h.dim()) if i not in (0, axis)]
+        if value.shape[0] not in (1, h.shape[0]) or any(value.shape[i] != h.shape[i] for i in rest):
+            raise EditError(f"{where.site}: a value per token must be {list(h.shape)} here, got {list(value.shape)}")
+        place = where.position.masked_fill(~where.mask, 0)
+        reach = int(place.max())
+        if reach >= value.shape[axis]:
+            raise EditError(f"{where.site}: there are values for {value.shape[axis]} tokens, and the edit reaches token "
+                            f"{reach}; limit it with scope='prompt'")
+        value = value.expand(h.shape[0], *value.shape[1:])
+        column = torch.arange(place.shape[1], device=place.device)
+        if value.shape == h.shape and bool(((place == column) | ~where.mask).all()):
+            return value
+        view = [1] * h.dim()
+        view[0], view[axis] = place.shape
+        return value.gather(axis, place.view(view).expand_as(h))
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """``h -> h + std * normal``, a draw that belongs to (seed, row, position): the same with a cache, or in another batch."""
+
+    std: float
+    seed: int = 0
+    block = 128
+
+    def __call__(self, h: Tensor, where: Where) -> Tensor:
+        if where.pos_axis != 1:
+            raise EditError(f"{where.site}: noise is defined for sites with axes [batch, pos, ...]")
+        width = h[0, 0].numel()
+        blocks = int(where.position.max()) // self.block + 1
+        rows = []
+        for row in range(h.shape[0]):
+            draws = [torch.randn(self.block, width, generator=torch.Generator().manual_seed(
+                (self.seed * 1_000_003 + row) * 65_537 + b)) for b in range(blocks)]
+            rows.append(torch.cat(draws)[where.position[row].cpu()])
+        return h + self.std * torch.stack(rows).view(h.shape).to(h)
+
+
+def _fit(value: Tensor, h: Tensor, where: Where, matrix: bool = False) -> Tensor:
+    """`value` on h's device, checked against its last axes; dtype follows h, as the model's arithmetic would."""
+    if not value.is_floating_point():
+        raise EditError(f"{where.site}: the edit's tensor is {value.dtype}; give floating point")
+    ok = value.shape[-1:] == h.shape[-1:] or (not matrix and value.numel() == 1)
+    if ok and not matrix and value.dim() > 1:
+        try:
+            ok = torch.broadcast_shapes(value.shape, h.shape) == h.shape
+        except RuntimeError:
+            ok = False
+    if not ok:
+        raise EditError(f"{where.site}: the edit's tensor is {list(value.shape)}, and the activation is {list(h.shape)}; "
+                        f"its last axis must be {h.shape[-1]}")
+    return value.to(device=h.device, dtype=h.dtype)
+
+
+# -- the words -------------------------------------------------------------------------------------------------
+def affine(site: Any, A: Tensor | float | None = None, b: Tensor | float | None = None, **how: Any) -> Edit:
+    """``h -> A h + b``; `A` a number, a vector (elementwise) or a square matrix, `b` a number or vector."""
+    return Edit(site, Affine(A, b), **{"name": "affine", **how})
+
+
+def add(site: Any, vector: Tensor | float, **how: Any) -> Edit:
+    """``h -> h + vector``: steering."""
+    return Edit(site, Affine(b=vector), **{"name": "add", **how})
+
+
+def scale(site: Any, factor: float | Tensor, **how: Any) -> Edit:
+    return Edit(site, Affine(A=factor), **{"name": "scale", **how})
+
+
+def zero(site: Any, **how: Any) -> Edit:
+    """Zero ablation."""
+    return Edit(site, Replace(0.0), **{"name": "zero", **how})
+
+
+def mean(site: Any, value: Tensor, **how: Any) -> Edit:
+    """Mean ablation: every token gets `value`, the mean over some reference text (e.g. ``acts.mean(site)``)."""
+    return Edit(site, Replace(value), **{"name": "mean", **how})
+
+
+def replace(site: Any, value: Tensor | float, **how: Any) -> Edit:
+    """Put `value` there: a number, one tensor for all tokens, or one per token [batch, pos, ...] by token position."""
+    return Edit(site, Replace(value), **{"name": "replace", **how})
+
+
+def project_out(site: Any, direction: Tensor, **how: Any) -> Edit:
+    """Remove a direction [d] or the span of several [k, d]: ``h -> h - U Uᵀ h`` (directional ablation)."""
+    rows = torch.atleast_2d(direction)
+    if not bool(torch.isfinite(rows).all()) or bool((rows.norm(dim=-1) == 0).any()):
+        raise EditError(f"project_out at {site}: a direction must be finite and not zero")
+    basis = torch.linalg.qr(rows.double().T, mode="reduced")[0].T.to(rows.dtype)
+    return Edit(site, Affine(remove=basis), **{"name": "project_out", **how})
+
+
+def noise(site: Any, std: float, seed: int = 0, **how: Any) -> Edit:
+    """Add Gaussian noise of standard deviation `std` (in the activation's units)."""
+    return Edit(site, Noise(std, seed), **{"name": "noise", **how})
+
+
+def freeze(site: Any, acts: Mapping[Any, Tensor], **how: Any) -> Edit:
+    """Replay what `acts` (an `Activations`, or any mapping from site) holds at `site`, token by token.
+
+    On generated tokens there is nothing to replay, so the scope is the prompt unless you say otherwise.
+    """
+    value, mask = acts[str(site)], getattr(acts, "mask", None)
+    if mask is not None and not bool(mask[:, 0].all()):  # left padding: move each row's first token to entry 0
+        order = mask.long().argsort(dim=1, descending=True, stable=True)
+        view = (*order.shape, *[1] * (value.dim() - 2))
+        value = value.gather(1, order.view(view).expand_as(value))
+    return Edit(site, Replace(value), **{"name": "freeze", "scope": Scope.prompt(), **how})

@@ -1,0 +1,140 @@
+"""The second door: transformers' AttentionInterface.
+
+Every family that uses the interface hands its attention function the queries, keys and values (after rotary, key-value
+heads as they are). Our function taps them, lets the implementation that was set before do the arithmetic, and taps
+what comes out. As long as nobody wants the pattern, that is the very kernel the model used (SDPA); the pattern exists
+only in the family's own eager function, which is then used for the whole model.
+
+A module that is not tapped goes straight through, and outside our contexts the name we registered is not in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.hooks.tap import Tap
+
+PREFIX = "interp_"
+#: Taps of the attention modules that are being watched, by module identity. Two models never share a key.
+_live: dict[int, dict[str, Tap]] = {}
+_observers: dict[int, dict[int, dict[str, int]]] = {}
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def base_name(config: Any) -> str:
+    """The attention implementation of a config, without our prefix."""
+    return str(config._attn_implementation).removeprefix(PREFIX)
+
+
+def delegate(module: nn.Module, name: str) -> AttentionFunction:
+    """The function that would have run: the registered one, or the family's own eager attention."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+    return family_eager(module)
+
+
+def family_eager(module: nn.Module) -> AttentionFunction:
+    """``eager_attention_forward`` of the file in which this attention's forward was written."""
+    import inspect
+
+    forward = inspect.unwrap(type(module).forward)
+    function = getattr(forward, "__globals__", {}).get("eager_attention_forward")
+    if function is None:
+        raise ValueError(f"{type(module).__name__} has no eager attention, so its pattern cannot be read")
+    return function  # type: ignore[no-any-return]
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+            **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Stands where an attention implementation stands: q [batch, head, pos, d_head] -> out [batch, pos, head, d_head]."""
+    run = delegate(module, base_name(module.config))
+    if id(module) in _observers:
+        _observers[id(module)][id(module)] = {"heads": query.shape[1], "kv_heads": key.shape[1],
+                                              "d_q": query.shape[-1], "d_v": value.shape[-1]}
+    taps = _live.get(id(module))
+    if taps is None:
+        return run(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = (_swap(taps.get(name), tensor) for name, tensor in (("q", query), ("k", key), ("v", value)))
+    out, pattern = run(module, query, key, value, attention_mask, **kwargs)
+    if "pattern" in taps:
+        if pattern is None:
+            raise ValueError(f"{type(module).__name__}: its eager attention gives no pattern")
+        edited = taps["pattern"](pattern)
+        if edited is not pattern:
+            pattern = edited
+            groups = pattern.shape[1] // value.shape[1]
+            out = (pattern.to(value.dtype) @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous()
+    if "z" in taps:
+        out = taps["z"](out)
+    return out, pattern
+
+
+def _swap(tap: Tap | None, tensor: Tensor) -> Tensor:
+    """Taps a tensor [batch, head, pos, d_head] in the site's axes [batch, pos, head, d_head]."""
+    if tap is None:
+        return tensor
+    return tap(tensor.transpose(1, 2)).transpose(1, 2)  # goes on from the view that was read, so that gradients reach it
+
+
+def configs_of(hf: nn.Module, attribute: str) -> list[Any]:
+    """Every configuration object in use by a module of the model that carries `attribute`, once each."""
+    found = {id(c): c for m in hf.modules() if hasattr(c := getattr(m, "config", None), attribute)}
+    return list(found.values())
+
+
+@contextmanager
+def implementation(hf: nn.Module, *, eager: bool = False) -> Iterator[None]:
+    """Puts our function in the place of each config's implementation (SDPA, eager, flash), and back."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    attribute = "_attn_implementation_internal"
+    before = [(c, getattr(c, attribute)) for c in configs_of(hf, attribute)]
+    try:
+        for config, name in before:
+            base = "eager" if eager else str(name or "eager").removeprefix(PREFIX)
+            if base not in ALL_MASK_ATTENTION_FUNCTIONS:
+                continue
+            if PREFIX + base not in ALL_MASK_ATTENTION_FUNCTIONS:
+                AttentionInterface.register(PREFIX + base, _attend)
+                AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+            setattr(config, attribute, PREFIX + base)
+        yield
+    finally:
+        for config, name in before:
+            setattr(config, attribute, name)
+
+
+@contextmanager
+def tapped(hf: nn.Module, taps: dict[nn.Module, dict[str, Tap]]) -> Iterator[None]:
+    """Puts taps on attention modules. `taps`: module -> {"q" | "k" | "v" | "pattern" | "z": tap}."""
+    try:
+        _live.update({id(m): t for m, t in taps.items()})
+        with implementation(hf, eager=any("pattern" in t for t in taps.values())):
+            yield
+    finally:
+        for module in taps:
+            _live.pop(id(module), None)
+
+
+@contextmanager
+def observed(hf: nn.Module) -> Iterator[dict[int, dict[str, int]]]:
+    """Notes which modules of `hf` call the interface, with their head counts and sizes, by module identity."""
+    seen: dict[int, dict[str, int]] = {}
+    modules = list(hf.modules())
+    try:
+        _observers.update({id(m): seen for m in modules})
+        with implementation(hf):
+            yield seen
+    finally:
+        for module in modules:
+            _observers.pop(id(module), None)
+

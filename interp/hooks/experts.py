@@ -1,0 +1,160 @@
+"""The third door: transformers' ALL_EXPERTS_FUNCTIONS.
+
+Fused experts are one module with 3-D weights; no submodule exists that a hook could sit on. What does exist, for every
+family that uses the interface, is the function that gets (hidden [token, d_model], chosen experts [token, slot], their
+weights [token, slot]). Ours taps the choice and the weights and hands on to the implementation that was set; that costs
+next to nothing. Only when the experts' insides are wanted does it compute them itself, expert by expert::
+
+    hidden_s = act(gate_e x) * (up_e x)        neurons of the expert in slot s         expert_hidden
+    out_s    = down_e hidden_s                 its output                              expert_out
+    y        = sum_s weight_s * out_s          what the MoE block goes on with
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.hooks.attention import PREFIX, configs_of
+from interp.hooks.tap import Tap
+
+NAME = PREFIX + "experts"
+_live: dict[int, dict[str, Tap]] = {}
+_base: dict[int, str] = {}
+_observers: dict[int, dict[int, dict[str, int]]] = {}
+
+
+def delegate(module: nn.Module) -> Callable[..., Tensor]:
+    """The implementation that would have run: the registered one, or the family's own loop ("eager")."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    name = _base.get(id(module.config), "eager")
+    if name in ALL_EXPERTS_FUNCTIONS:
+        return ALL_EXPERTS_FUNCTIONS[name]  # type: ignore[no-any-return]
+    return inspect.unwrap(type(module).forward)
+
+
+def _mix(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Stands where an experts implementation stands."""
+    if id(module) in _observers:
+        _observers[id(module)][id(module)] = sizes(module) | {"slot": ids.shape[-1]}
+    taps = _live.get(id(module))
+    if taps is None:
+        return delegate(module)(module, hidden, ids, weights, *args, **kwargs)
+    frame = next(iter(taps.values())).clock.shape
+    if ids.shape[0] != frame[0] * frame[1]:
+        raise ValueError(f"{type(module).__name__} was given {ids.shape[0]} rows for {frame[0]} x {frame[1]} tokens; "
+                         "interp needs one row per token")
+    if "expert_ids" in taps:
+        ids = taps["expert_ids"](ids.unflatten(0, frame)).flatten(0, 1)
+    chosen = ids.unflatten(0, frame)
+    if "expert_weight" in taps:
+        weights = taps["expert_weight"](weights.unflatten(0, frame), chosen).flatten(0, 1)
+    if not taps.keys() & {"expert_hidden", "expert_out"}:
+        return delegate(module)(module, hidden, ids, weights, *args, **kwargs)
+    rows = by_expert(module, hidden, ids, weights, taps, frame)
+    return rows.to(hidden.dtype)
+
+
+def by_expert(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, taps: dict[str, Tap],
+              frame: tuple[int, int]) -> Tensor:
+    """The routed sum [token, d_model], with taps on neurons and outputs of each (token, slot)."""
+    slots = ids.shape[-1]
+    flat = ids.flatten()
+    order = flat.argsort(stable=True)  # rows of one expert lie together
+    back = order.argsort()
+    counts = torch.bincount(flat, minlength=sizes(module)["expert"]).tolist()
+    chosen = ids.unflatten(0, frame)
+
+    def through(name: str, rows: Tensor) -> Tensor:
+        if name not in taps:
+            return rows
+        seen = rows[back].unflatten(0, (*frame, slots))
+        given = taps[name](seen, chosen)
+        return rows if given is seen and not given.requires_grad else given.flatten(0, 2)[order]
+
+    neurons = through("expert_hidden", torch.cat([
+        up(module, e, rows) for e, rows in enumerate(hidden[order // slots].split(counts)) if len(rows)]))
+    out = through("expert_out", torch.cat([
+        down(module, e, rows) for e, rows in enumerate(neurons.split(counts)) if len(rows)]))
+    return (out[back].unflatten(0, (-1, slots)) * weights[..., None]).sum(1)
+
+
+def up(module: Any, expert: int, rows: Tensor) -> Tensor:
+    """Neurons of one expert: [row, d_model] -> [row, d_expert]."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    projected = _linear(module, name, expert, rows)
+    return module._apply_gate(projected) if module.has_gate else module.act_fn(projected)  # type: ignore[no-any-return]
+
+
+def down(module: Any, expert: int, neurons: Tensor) -> Tensor:
+    """Output of one expert: [row, d_expert] -> [row, d_model]."""
+    out = _linear(module, "down_proj", expert, neurons)
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[no-any-return]
+
+
+def _linear(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
+    weight = getattr(module, name)[expert]
+    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    return nn.functional.linear(rows, weight.T if module.is_transposed else weight, bias)
+
+
+def sizes(module: Any) -> dict[str, int]:
+    """Number of experts and of neurons in one expert, from the weights."""
+    weight = module.down_proj
+    if not isinstance(weight, Tensor) or weight.dim() != 3 or not weight.is_floating_point():
+        raise ValueError(f"{type(module).__name__}: its expert weights are {type(weight).__name__}, not a plain 3-D tensor; "
+                         "load the model without quantisation")
+    return {"expert": weight.shape[0], "neuron": weight.shape[1 if module.is_transposed else 2]}
+
+
+@contextmanager
+def implementation(hf: nn.Module) -> Iterator[None]:
+    """Puts our function in the place of each config's experts implementation, and back."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    attribute = "_experts_implementation_internal"
+    if NAME not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(NAME, _mix)
+    before = [(c, getattr(c, attribute)) for c in configs_of(hf, attribute)]
+    try:
+        for config, name in before:
+            _base[id(config)] = _base.get(id(config), "eager") if name == NAME else (name or "eager")
+            setattr(config, attribute, NAME)
+        yield
+    finally:
+        for config, name in before:
+            setattr(config, attribute, name)
+            if name != NAME:
+                _base.pop(id(config), None)
+
+
+@contextmanager
+def tapped(hf: nn.Module, taps: dict[nn.Module, dict[str, Tap]]) -> Iterator[None]:
+    """Puts taps on experts modules. `taps`: module -> {"expert_ids" | "expert_weight" | "expert_hidden" | "expert_out": tap}."""
+    try:
+        _live.update({id(m): t for m, t in taps.items()})
+        with implementation(hf):
+            yield
+    finally:
+        for module in taps:
+            _live.pop(id(module), None)
+
+
+@contextmanager
+def observed(hf: nn.Module) -> Iterator[dict[int, dict[str, int]]]:
+    """Notes which experts modules of `hf` really call the interface, with their sizes, by module identity."""
+    seen: dict[int, dict[str, int]] = {}
+    modules = [m for m in hf.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
+    try:
+        _observers.update({id(m): seen for m in modules})
+        with implementation(hf):
+            yield seen
+    finally:
+        for module in modules:
+            _observers.pop(id(module), None)

@@ -1,0 +1,128 @@
+"""The first door: module boundaries, by PyTorch's forward hooks.
+
+Four ways to stand at a boundary:
+
+    output   what a module returns (first element of a tuple)
+    input    what it is given
+    stream   what it is given *and* what the residual path keeps: the same tensor, so it is written in place
+    scale    the divisor of a norm, recomputed from its input; writing s' multiplies the output by s / s'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.hooks.anatomy import Place
+from interp.hooks.tap import Tap
+
+Handle = Any
+_INPUT_NAMES = ("hidden_states", "x", "hidden_state", "inputs", "input")
+
+
+def place_tap(place: Place, tap: Tap) -> list[Handle]:
+    """Hooks that let `tap` read and write at `place`; call ``.remove()`` on each to take them away."""
+    return _WAYS[place.how](place, tap)
+
+
+def _at_output(place: Place, tap: Tap) -> list[Handle]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return _with_first(output, tap.framed)
+
+    return [place.module.register_forward_hook(hook)]
+
+
+def _at_input(place: Place, tap: Tap) -> list[Handle]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value, put = _find_input(args, kwargs)
+        given = tap.framed(value)
+        return None if given is value else put(given)
+
+    return [place.module.register_forward_pre_hook(hook, with_kwargs=True)]
+
+
+def _at_stream(place: Place, tap: Tap) -> list[Handle]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value, _ = _find_input(args, kwargs)
+        if tap.edits:
+            given = tap.framed(value.clone())
+            value.copy_(given)
+        else:
+            tap.framed(value)
+
+    return [place.module.register_forward_pre_hook(hook, with_kwargs=True)]
+
+
+def _at_scale(place: Place, tap: Tap) -> list[Handle]:
+    norm: Any = place.module
+    eps = next((float(getattr(norm, n)) for n in ("variance_epsilon", "eps", "norm_eps", "epsilon") if hasattr(norm, n)), 0.0)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        value, _ = _find_input(args, kwargs)
+        x = value.float()
+        if place.centred:
+            x = x - x.mean(-1, keepdim=True)
+        scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt().to(value.dtype)
+        # Under gradients the output must depend on the very tensor that is read: free * s / s', both s from the input.
+        seen = scale.clone() if scale.requires_grad else scale
+        given = tap.framed(seen)
+        if given is scale:
+            return None
+        bias = getattr(norm, "bias", None)
+        free = output - bias if isinstance(bias, Tensor) else output
+        free = free * (scale / given)
+        return free + bias if isinstance(bias, Tensor) else free
+
+    return [norm.register_forward_hook(hook, with_kwargs=True)]
+
+
+def _at_sigmoid(place: Place, tap: Tap) -> list[Handle]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        gate = output.sigmoid()
+        given = tap.framed(gate)
+        if given is gate and not gate.requires_grad:
+            return None
+        if bool(((given < 0) | (given > 1)).any()):
+            raise ValueError(f"{tap.site}: a gate lies in [0, 1]; the edit gave {float(given.min()):.3g}.."
+                             f"{float(given.max()):.3g}. Scale shared_out instead")
+        return given.logit()
+
+    return [place.module.register_forward_hook(hook)]
+
+
+def _at_logits(place: Place, tap: Tap) -> list[Handle]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return _with_first(output, tap)
+        output.logits = tap(output.logits)
+        return output
+
+    return [place.module.register_forward_hook(hook)]
+
+
+_WAYS: dict[str, Callable[[Place, Tap], list[Handle]]] = {
+    "output": _at_output, "input": _at_input, "stream": _at_stream, "scale": _at_scale, "sigmoid": _at_sigmoid,
+    "logits": _at_logits,
+}
+
+
+def _with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`output` with its leading tensor changed; None (leave it) if nothing changed."""
+    if isinstance(output, Tensor):
+        given = change(output)
+        return None if given is output else given
+    head = output[0]
+    given = change(head)
+    return None if given is head else (given, *output[1:])
+
+
+def _find_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor a module works on, and how to call it with another."""
+    if args and isinstance(args[0], Tensor):
+        return args[0], lambda t: ((t, *args[1:]), kwargs)
+    name = next((n for n in _INPUT_NAMES if isinstance(kwargs.get(n), Tensor)), None)
+    name = name or next(n for n, v in kwargs.items() if isinstance(v, Tensor) and torch.is_floating_point(v))
+    return kwargs[name], lambda t: (args, {**kwargs, name: t})

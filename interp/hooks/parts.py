@@ -1,0 +1,226 @@
+"""The roles of the modules inside one decoder layer, read off the tensors that passed between them.
+
+Called by `anatomy.dissect` with every call of one tiny forward pass. Names are used for one thing only: to tell which
+child mixes tokens (attention, Mamba, ...) and which is the MLP or MoE block. Everything else is dataflow.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.hooks.anatomy import Anatomy, Call, Place, same
+
+_NORM = re.compile(r"norm", re.I)
+_NEITHER = re.compile(r"norm|dropout|hyperconn|rotary|embedding|^identity$|droppath|activation$|gelu|silu|relu", re.I)
+_MIXER_CLASS = re.compile(r"attention|attn|mamba|deltanet|conv|ssm|lightning|recurrent|kda", re.I)
+_MLP_CLASS = re.compile(r"mlp|moe|feed_?forward|ffn|experts|sparse", re.I)
+_MIXER_NAME = re.compile(r"attn|attention|mixer|mamba|conv|temporal", re.I)
+_MLP_NAME = re.compile(r"mlp|ffn|feed_?forward|moe|experts", re.I)
+SHARED = re.compile(r"^(shared_experts?|shared_mlp|shared_moe)$")
+
+
+class Layer:
+    """One layer's calls, and the questions that the roles follow from."""
+
+    def __init__(self, index: int, module: nn.Module, calls: list[Call]) -> None:
+        self.index, self.module = index, module
+        self.calls = calls
+        self.by_module = {id(c.module): c for c in calls}
+        self.top = self.by_module.get(id(module))
+        self.children = [(name, m, self.by_module[id(m)]) for name, m in module.named_children() if id(m) in self.by_module]
+        self.norms = [c for _, m, c in self.children if _NORM.search(type(m).__name__)]
+        self.mixers = [c for name, m, c in self.children if _role(name, m) == "mixer"]
+        self.mlps = [c for name, m, c in self.children if _role(name, m) == "mlp"]
+
+    def inside(self, module: nn.Module) -> list[Call]:
+        """Calls of `module`'s submodules, in order of return."""
+        members = {id(m) for m in module.modules()} - {id(module)}
+        return [c for c in self.calls if id(c.module) in members]
+
+    def last_linear(self, module: nn.Module) -> Call | None:
+        """The last linear map that runs inside `module`: its output projection."""
+        found = [c for c in self.inside(module) if is_linear(c.module)]
+        return found[-1] if found else None
+
+    def norm_before(self, call: Call) -> Call | None:
+        return next((n for n in self.norms if call.reads(n.output)), None)
+
+    def after(self, call: Call, stop: Call | None) -> Call:
+        """The call itself, or the norm that its output goes through before it is added to the stream."""
+        post = next((n for n in self.norms if n is not stop and n.reads(call.output)), None)
+        return self.after(post, stop) if post is not None and post is not call else call
+
+
+def is_linear(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding) and not list(
+        module.children())
+
+
+def _role(name: str, module: nn.Module) -> str | None:
+    cls = type(module).__name__
+    if _NEITHER.search(cls):
+        return None
+    if is_linear(module) or not list(module.modules())[1:] and not list(module.parameters(recurse=False)):
+        return None
+    for pattern, text, role in ((_MIXER_CLASS, cls, "mixer"), (_MLP_CLASS, cls, "mlp"),
+                                (_MIXER_NAME, name, "mixer"), (_MLP_NAME, name, "mlp")):
+        if pattern.search(text):
+            return role
+    return None
+
+
+def read_layer(anatomy: Anatomy, index: int, module: nn.Module, calls: list[Call],
+               heads: dict[int, dict[str, int]], routed: dict[int, dict[str, int]]) -> None:
+    """Enters every site of one layer. `heads` and `routed`: sizes seen at each attention and experts module."""
+    layer = Layer(index, module, calls)
+    if layer.top is None or layer.top.source is None:
+        for name in ("resid_pre", "resid_post", "resid_mid", "attn_out", "mlp_out", "mlp_hidden", "q", "k", "v", "pattern",
+                     "z", "ln1_scale", "ln2_scale"):
+            anatomy.put(name, index, None, "this layer was not called in a plain forward pass")
+        return
+    anatomy.put("resid_pre", index, Place("input", module))
+    anatomy.put("resid_post", index, Place("output", module))
+    mixer = layer.mixers[0] if len(layer.mixers) == 1 else None
+    entry, body, exit_ = _mlp(layer)
+    before_mlp = layer.norm_before(entry) if entry else None
+    _attention(anatomy, layer, mixer, entry, before_mlp, heads)
+    _middle(anatomy, layer, mixer, entry, before_mlp)
+    _feed_forward(anatomy, layer, entry, body, exit_, before_mlp, routed)
+
+
+def _mlp(layer: Layer) -> tuple[Call | None, nn.Module | None, Call | None]:
+    """(call that reads the MLP's input, the MLP module if it is one, call that gives its output)."""
+    main = [c for c in layer.mlps if not SHARED.match(c.path.rpartition(".")[2])]
+    if len(main) > 1:  # a dense MLP beside experts (Gemma 4): the block is the part that comes first
+        main = sorted(main, key=lambda c: bool(_experts_of(c.module)))[:1]
+    if main:
+        return main[0], main[0].module, main[0]
+    linears = [c for _, m, c in layer.children if is_linear(m)]
+    if len(linears) >= 2:  # OPT and its kin: the MLP is two linears of the layer itself
+        return linears[0], None, linears[-1]
+    return None, None, None
+
+
+def _attention(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call | None, before_mlp: Call | None,
+               heads: dict[int, dict[str, int]]) -> None:
+    i = layer.index
+    inner = {id(m): m for m in layer.module.modules() if id(m) in heads}
+    if len(inner) == 1:
+        (key, attention), = inner.items()
+        size = heads[key]
+        for name in ("q", "k", "v", "pattern", "z"):
+            n = size["kv_heads"] if name in "kv" else size["heads"]
+            anatomy.put(name, i, Place("attention", attention), head=n, d_head=size["d_" + ("v" if name in "vz" else "q")])
+    else:
+        hand = _handmade(layer, mixer)
+        kind = type(mixer.module).__name__ if mixer else "nothing"
+        why = (f"layer {i} has {len(inner)} attention modules" if inner else
+               f"layer {i} mixes tokens with {kind}, which shows no attention pattern")
+        for name in ("q", "k", "v", "pattern", "z"):
+            anatomy.put(name, i, hand, why)
+    if mixer is None:
+        why = (f"layer {i} has no attention of its own" if not layer.mixers else
+               f"layer {i} has {len(layer.mixers)} token mixers ({', '.join(type(c.module).__name__ for c in layer.mixers)})")
+        anatomy.put("attn_out", i, None, why)
+        anatomy.put("ln1_scale", i, None, why)
+        return
+    adds_residual = any(c is not None and c.reads(mixer.output) for c in (before_mlp, entry))
+    place = layer.last_linear(mixer.module) if adds_residual else layer.after(mixer, before_mlp)
+    anatomy.put("attn_out", i, Place("output", place.module) if place else None, "attention's output projection was not found")
+    norm = layer.norm_before(mixer)
+    anatomy.put("ln1_scale", i, _scale(norm), "this family has no norm before attention")
+
+
+def _middle(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call | None, before_mlp: Call | None) -> None:
+    i, top = layer.index, layer.top
+    assert top is not None
+    anatomy.put("ln2_scale", i, _scale(before_mlp), "this family has no norm before the MLP" if entry else
+                f"layer {i} has no MLP of its own")
+    if entry is None or mixer is None:
+        anatomy.put("resid_mid", i, None, f"layer {i} is a single block, not attention followed by an MLP")
+        return
+    reader = before_mlp or entry
+    source, norm = reader.source, layer.norm_before(mixer)
+    if top.source is not None and top.source.dim() > 3:
+        anatomy.put("resid_mid", i, None, "the residual stream is several streams (hyper-connections)")
+    elif same(source, top.source) or (norm is not None and same(source, norm.output)) or same(source, mixer.source):
+        anatomy.put("resid_mid", i, None, "attention and MLP are parallel in this family: both read resid_pre")
+    else:
+        anatomy.put("resid_mid", i, Place("stream", reader.module))
+
+
+def _feed_forward(anatomy: Anatomy, layer: Layer, entry: Call | None, body: nn.Module | None, exit_: Call | None,
+                  before_mlp: Call | None, routed: dict[int, dict[str, int]]) -> None:
+    i, top = layer.index, layer.top
+    assert top is not None
+    parallel = [c for c in layer.mlps if exit_ is not None and c.module is not exit_.module]
+    if exit_ is None:
+        anatomy.put("mlp_out", i, None, f"layer {i} has no MLP of its own")
+    elif parallel:
+        ran = {id(c.module): n for n, c in enumerate(layer.calls)}  # the norm over their sum, if there is one
+        last = [n for n in layer.norms if ran[id(n.module)] > max(ran[id(c.module)] for c in layer.mlps)
+                and not any(n.reads(c.output) for c in layer.mlps)]
+        names = " and ".join(c.path.rpartition(".")[2] for c in layer.mlps)
+        anatomy.put("mlp_out", i, Place("output", last[-1].module) if last else None,
+                    f"layer {i} adds {names} inside the layer itself; read them by shared_out and expert_out")
+    else:
+        adds_residual = same(exit_.output, top.output)
+        place = (layer.last_linear(body) if body is not None else exit_) if adds_residual else layer.after(exit_, None)
+        anatomy.put("mlp_out", i, Place("output", place.module) if place else None, "the MLP's output projection was not found")
+
+    experts = _experts_of(layer.module)
+    dense = body is not None and not _experts_of(body) and not hasattr(body, "router")
+    down = (layer.last_linear(body) if dense and body is not None else exit_ if body is None else None)
+    width = down.source.shape[-1] if down is not None and down.source is not None else 0
+    anatomy.put("mlp_hidden", i, Place("input", down.module) if down else None,
+                f"layer {i} is a mixture of experts; its neurons are expert_hidden[{i}]" if experts or body is not None else
+                f"layer {i} has no MLP of its own", neuron=width)
+    from interp.hooks.routing import read_experts
+
+    read_experts(anatomy, layer, experts, routed)
+
+
+def _experts_of(module: nn.Module) -> list[nn.Module]:
+    """Modules whose class went through transformers' use_experts_implementation."""
+    return [m for m in module.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed") and hasattr(m, "down_proj")]
+
+
+def _handmade(layer: Layer, mixer: Call | None) -> Place | None:
+    """The attention module that writes out its own arithmetic, if watching it shows q k v, pattern and z."""
+    from interp.hooks.functions import writes_attention
+
+    if mixer is None:
+        return None
+    found = next((m for m in mixer.module.modules() if writes_attention(m)), None)
+    return Place("handmade", found) if found is not None else None
+
+
+def _scale(norm: Call | None) -> Place | None:
+    if norm is None or norm.source is None:
+        return None
+    return Place("scale", norm.module, centred=_centres(norm))
+
+
+def _centres(norm: Call) -> bool:
+    """True if the norm subtracts the mean: adding a constant to its input then changes nothing."""
+    assert norm.source is not None
+    with torch.no_grad():
+        x = norm.source.reshape(-1, norm.source.shape[-1])[:2].float()
+        x = (x + torch.linspace(-1, 1, x.shape[-1], device=x.device)).to(norm.source.dtype)
+        return bool(torch.allclose(norm.module(x), norm.module(x + 3), rtol=1e-2, atol=1e-2))
+
+
+def read_ends(anatomy: Anatomy, calls: dict[int | None, list[Call]]) -> None:
+    """Enters the sites outside the layers."""
+    hf: Any = anatomy.hf
+    embedding = hf.get_input_embeddings()
+    anatomy.put("embed", None, Place("output", embedding), d_model=int(embedding.weight.shape[-1]))
+    last = next((c for i in reversed(range(len(anatomy.layers))) for c in calls.get(i, []) if c.module is anatomy.layers[i]), None)
+    final = [c for c in calls.get(None, []) if last is not None and _NORM.search(type(c.module).__name__) and c.reads(last.output)]
+    anatomy.put("ln_final_scale", None, _scale(final[-1] if final else None), "there is no norm behind the last layer")
+    anatomy.put("logits", None, Place("logits", hf))

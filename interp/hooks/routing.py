@@ -1,0 +1,78 @@
+"""Where a layer's router, routed experts and shared experts are.
+
+The experts module is the one that called our experts function during the probe. Its router is the module beside it
+whose weight has one row per expert. A shared expert is known by its name; there is no other mark.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from interp.hooks.anatomy import Anatomy, Place
+
+if TYPE_CHECKING:
+    from interp.hooks.parts import Layer
+
+ROUTED = ("router_logits", "expert_ids", "expert_weight", "expert_hidden", "expert_out")
+
+
+def read_experts(anatomy: Anatomy, layer: Layer, experts: list[nn.Module], routed: dict[int, dict[str, int]]) -> None:
+    """Enters the expert sites of one layer, or why it has none."""
+    from interp.hooks import undecorated
+
+    i = layer.index
+    called = [m for m in experts if id(m) in routed]
+    adapter = undecorated.find(layer.module) if not called else None
+    if adapter is not None:
+        undecorated.read(anatomy, i, layer.module, adapter)
+        _shared(anatomy, layer, adapter)
+        return
+    if len(called) != 1:
+        why = (f"layer {i} is dense: it has no experts" if not experts and not undecorated.looks_routed(layer.module) else
+               f"layer {i} computes its experts in {type(experts[0]).__name__ if experts else 'its own way'}, which does not go "
+               "through transformers' experts interface" if not called else f"layer {i} has {len(called)} sets of experts")
+        for name in (*ROUTED, "shared_out", "shared_weight"):
+            anatomy.put(name, i, None, why)
+        return
+    module = called[0]
+    size = routed[id(module)]
+    for name in ROUTED[1:]:
+        extra = {"expert": size["expert"], "slot": size["slot"]}
+        extra |= {"neuron": size["neuron"]} if name == "expert_hidden" else {}
+        anatomy.put(name, i, Place("experts", module), **extra)
+    anatomy.put("router_logits", i, find_router(layer, module, size["expert"]),
+                f"the router of layer {i} was not found beside its experts", expert=size["expert"])
+    _shared(anatomy, layer, module)
+
+
+def find_router(layer: Layer, experts: nn.Module, n_experts: int) -> Place | None:
+    """The module with one weight row per expert: a plain linear is read at its output, others while they run."""
+    from interp.hooks.parts import SHARED, is_linear
+
+    inside = {id(m) for m in experts.modules()}
+    for name, module in layer.module.named_modules():
+        if any(SHARED.match(part) for part in name.split(".")):
+            inside.add(id(module))
+    for call in layer.calls:
+        module = call.module
+        weight = getattr(module, "weight", None)
+        if id(module) in inside or not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != n_experts:
+            continue
+        if is_linear(module) and isinstance(module, nn.Linear):
+            return Place("output", module)
+        return Place("router", module)
+    return None
+
+
+def _shared(anatomy: Anatomy, layer: Layer, experts: nn.Module) -> None:
+    from interp.hooks.parts import SHARED
+
+    i = layer.index
+    found = [(name, m) for name, m in layer.module.named_modules() if SHARED.match(name.rpartition(".")[2])]
+    found = [(name, m) for name, m in found if id(m) in layer.by_module]
+    anatomy.put("shared_out", i, Place("output", found[0][1]) if len(found) == 1 else None,
+                f"layer {i} has no shared expert" if not found else f"layer {i} has {len(found)} shared experts")
+    gates = [m for name, m in layer.module.named_modules() if name.endswith("shared_expert_gate") and id(m) in layer.by_module]
+    anatomy.put("shared_weight", i, Place("sigmoid", gates[0]) if gates else None, f"layer {i} has no gate on a shared expert")

@@ -1,0 +1,186 @@
+"""Taps: what happens at one point of the model, whichever door leads there.
+
+A door hands a tap the activation in its site's own axes and gets back what the model should go on with. The tap runs
+the edits of that point in order, then shows the result to the readers: a reader sees what the model goes on with.
+
+The `Clock` knows what the running forward call is about: which columns it computes and which tokens they are. It is
+set by a hook on the model itself, so calls that somebody else makes (``model.hf.generate``) are understood too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.edits import Edit, EditError, Where
+from interp.scope import Columns
+from interp.sites import Site
+
+
+class Clock:
+    """What is known of the running forward call.
+
+    Attributes:
+        columns: the batch's history up to and including this call.
+        shape: (batch, columns computed in this call).
+        prompt: length of the prompt, set by ``Model.generate``; None where each fresh call is a prompt of its own.
+        given: mask of the prompt as the caller laid it out; None for the layout that runs.
+    """
+
+    def __init__(self) -> None:
+        self.columns: Columns | None = None
+        self.shape = (0, 0)
+        self.prompt: int | None = None
+        self.given: Tensor | None = None
+        self.calls = 0
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reads a forward call's arguments."""
+        ids = kwargs.get("input_ids")
+        if ids is None and args and isinstance(args[0], Tensor):
+            ids = args[0]
+        embeds = kwargs.get("inputs_embeds")
+        if ids is None and embeds is None:
+            raise ValueError("the model was called with neither input_ids nor inputs_embeds")
+        batch, width = (ids if ids is not None else embeds).shape[:2]
+        mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            seen, mask = mask.shape[1] - width, mask.bool()
+        else:
+            seen = int(past.get_seq_length()) if past is not None else 0
+            mask = None
+        before = self.columns
+        fresh = seen <= 0 or before is None or before.mask.shape != (batch, seen)
+        if mask is None or mask.shape[1] != max(seen, 0) + width:
+            device = (ids if ids is not None else embeds).device
+            mask = torch.ones(batch, max(seen, 0) + width, dtype=torch.bool, device=device)
+        if fresh:
+            history = ids if seen <= 0 else None
+            prompt = self.prompt if self.prompt is not None else mask.shape[1]
+        else:
+            assert before is not None
+            history = None if before.ids is None or ids is None else torch.cat([before.ids, ids], 1)
+            prompt = before.prompt
+        given = self.given if self.given is not None else mask[:, :prompt]
+        self.columns = Columns(history, mask, max(seen, 0), prompt, given)
+        self.shape = (batch, width)
+        self.calls += 1
+
+    def cut(self, whole: Tensor, n: int) -> Tensor:
+        """The columns of `whole` [batch, column] that a tensor with n columns holds: the newest n."""
+        total = whole.shape[1]
+        if n <= total:
+            return whole[:, total - n :]
+        return torch.nn.functional.pad(whole, (0, n - total))  # a static cache: room for columns to come
+
+
+@dataclass
+class Bound:
+    """An edit at one concrete site of one model, and the tokens it has touched."""
+
+    edit: Edit
+    site: Site
+    touched: list[tuple[int, Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    _cache: tuple[int, Tensor] | None = None
+
+    def scope(self, clock: Clock) -> Tensor:
+        assert clock.columns is not None
+        if self._cache is None or self._cache[0] != clock.calls:
+            self._cache = (clock.calls, self.edit.scope(clock.columns))
+        return self._cache[1]
+
+    def __call__(self, h: Tensor, clock: Clock, ids: Tensor | None) -> Tensor:
+        """`h` with this edit done to it; `ids` [batch, pos, slot] are the chosen experts at routed sites."""
+        kind, index = self.site.kind, dict(self.site.index)
+        columns = clock.columns
+        assert columns is not None
+        n = h.shape[kind.pos_axis]
+        mask = clock.cut(self.scope(clock), n)
+        if not bool(mask.any()):
+            return h
+        expert = index.pop("expert", None) if kind.routed else None
+        axes = list(kind.axes)
+        part = h
+        for key, value in index.items():
+            axis = axes.index(kind.index[key])
+            part = part.select(axis, value)
+            axes.pop(axis)
+        pos_axis = next(i for i, a in enumerate(axes) if a in ("pos", "query"))
+        where = Where(str(self.site), clock.cut(columns.position, n), mask, pos_axis)
+        new = self.edit.map(part, where)
+        if new.shape != part.shape or new.dtype != part.dtype or new.device != part.device:
+            raise EditError(f"{self.site}: the edit gave {list(new.shape)} {new.dtype} on {new.device}; the site holds "
+                            f"{list(part.shape)} {part.dtype} on {part.device}")
+        if self.edit.gate is not None:
+            new = part + _per_token(self.edit.gate(part, where), part, pos_axis).to(part.dtype) * (new - part)
+        keep = _per_token(mask, part, pos_axis)
+        if expert is not None:
+            assert ids is not None
+            hit = ids == expert
+            keep = keep & hit.reshape(*hit.shape, *[1] * (part.dim() - 3))
+            mask = mask & hit.any(-1)
+        self.touched.append((clock.calls, clock.cut(columns.position, n), mask,
+                             None if columns.ids is None else clock.cut(columns.ids, n)))
+        if not bool(keep.all()):
+            new = torch.where(keep, new, part)
+        if not index:
+            return new
+        out = h.clone()
+        target = out
+        axes = list(kind.axes)
+        for key, value in index.items():
+            axis = axes.index(kind.index[key])
+            target = target.select(axis, value)
+            axes.pop(axis)
+        target.copy_(new)
+        return out
+
+
+def _per_token(value: Tensor, like: Tensor, pos_axis: int) -> Tensor:
+    """[batch] or [batch, pos] spread over the axes of `like`."""
+    if value.dim() == 1:
+        return value.view(-1, *[1] * (like.dim() - 1))
+    view = [1] * like.dim()
+    view[0], view[pos_axis] = value.shape[0], value.shape[1]
+    return value.reshape(view)
+
+
+Reader = Callable[[Site, Tensor, Clock], Tensor | None]
+
+
+@dataclass
+class Tap:
+    """One point of the model. A reader may return a tensor for the model to go on with instead (its twin in memory)."""
+
+    site: Site
+    clock: Clock
+    edits: list[Bound] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
+
+    def __call__(self, h: Tensor, ids: Tensor | None = None) -> Tensor:
+        for bound in self.edits:
+            h = bound(h, self.clock, ids)
+        for reader in self.readers:
+            twin = reader(self.site, h, self.clock)
+            h = h if twin is None else twin
+        return h
+
+    def framed(self, h: Tensor) -> Tensor:
+        """The same for modules that see tokens flattened [batch * pos, ...]."""
+        batch, width = self.clock.shape
+        if h.dim() == 2 and h.shape[0] == batch * width and len(self.site.kind.axes) == 3:
+            return self(h.unflatten(0, (batch, width))).flatten(0, 1)
+        return self(h)
+
+
+def warn_not_finite(site: Site, tensor: Tensor) -> None:
+    """Warns, naming the site, where an activation holds NaN or infinity. A finite sum proves all finite at little cost."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            warnings.warn(f"{site}: {bad} of {tensor.numel()} values are NaN or infinite", RuntimeWarning, stacklevel=3)

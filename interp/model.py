@@ -1,0 +1,491 @@
+"""Model: a loaded language model, its tokenizer, and the map of where its parts are.
+
+Four ways to use it, all on the same map::
+
+    acts = m.capture("some text", ["resid_post[*]", "expert_out[3]"])      read
+    with m.intervene(edits.zero("z[5, head=3]")): m("some text")          write
+    with m.recording(["q[*]"]) as rec: m.hf.generate(...)                 read what somebody else runs
+    m.generate("prompt", max_new_tokens=20, capture=["resid_post[5]"])    both, while it writes
+
+Nothing of the underlying model is touched until a context is entered, and on leaving it is as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.activations import Activations, Tokens
+from interp.edits import Edit
+from interp.hooks.anatomy import Anatomy, dissect, text_config
+from interp.hooks.session import install
+from interp.hooks.tap import Bound, Clock, Tap
+from interp.recorder import Recorder
+from interp.sites import KINDS, Pattern, Site, SiteError
+from interp.tokens import Text, tokenize
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class _Reached(Exception):
+    """Everything that was asked for has been read; the rest of the forward pass is not needed."""
+
+
+@dataclass
+class _Use:
+    """What one open context wants of the model."""
+
+    edits: list[Bound] = field(default_factory=list)
+    recorder: Recorder | None = None
+
+
+class Intervention:
+    """The handle of an open ``intervene`` context."""
+
+    def __init__(self, bound: list[Bound]) -> None:
+        self._bound = bound
+
+    def trace(self, calls: bool = False) -> pd.DataFrame:
+        """The tokens that were edited: node, edit, batch, position (among real tokens), token (id, -1 if unknown).
+
+        Without `calls`, each edited token stands once, however often it was recomputed; so the trace is the same with
+        and without a cache, and whatever the padding. With `calls`, one line per forward call too.
+        """
+        import pandas as pd
+
+        rows: list[dict[str, Any]] = []
+        for bound in self._bound:
+            for call, position, mask, ids in bound.touched:
+                for batch, column in mask.nonzero().tolist():
+                    token = -1 if ids is None else int(ids[batch, column])
+                    rows.append({"node": str(bound.site), "edit": bound.edit.name, "call": call, "batch": batch,
+                                 "position": int(position[batch, column]), "token": token})
+        frame = pd.DataFrame(rows, columns=["node", "edit", "call", "batch", "position", "token"])
+        return frame if calls else frame.drop(columns="call").drop_duplicates(ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What ``Model.generate`` made.
+
+    Attributes:
+        texts: the continuations, without the prompt (token ids as text where there is no tokenizer).
+        tokens: prompt and continuation [batch, pos], padded on the left.
+        prompt: how many columns are prompt.
+        acts: the captured sites over all columns but the last new one, which is never fed back.
+    """
+
+    texts: list[str]
+    tokens: Tokens
+    prompt: int
+    acts: Activations | None = None
+
+    @property
+    def text(self) -> str:
+        return self.texts[0]
+
+    @property
+    def new_ids(self) -> Tensor:
+        """Generated ids [batch, new]."""
+        return self.tokens.ids[:, self.prompt :]
+
+    def __str__(self) -> str:
+        return self.text if len(self.texts) == 1 else "\n---\n".join(self.texts)
+
+
+class Model:
+    """A causal language model opened for reading and writing.
+
+    Args:
+        hf: a transformers causal LM. It is used as it is, never copied or changed.
+        tokenizer: its tokenizer; without one, token ids still work.
+        name: what tables and messages call it.
+    """
+
+    def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None) -> None:
+        self.hf: Any = hf
+        self.tokenizer = tokenizer
+        self.config = text_config(hf)
+        self.name = name or getattr(hf, "name_or_path", "") or type(hf).__name__
+        self._clock = Clock()
+        self._uses: list[_Use] = []
+        self._open: ExitStack | None = None
+        self._fragile: set[Site] = set()
+
+    # -- what it is --------------------------------------------------------------------------------------------
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The map of its parts, made on first use by running four tokens."""
+        return dissect(self.hf)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.hf.parameters() if p.is_floating_point())  # type: ignore[no-any-return]
+
+    def _number(self, *names: str, default: int = 0) -> int:
+        for name in names:
+            value = getattr(self.config, name, None)
+            if isinstance(value, (list, tuple)) and value:
+                value = max((v for v in value if isinstance(v, int)), default=None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        return default
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.anatomy.layers)
+
+    @property
+    def d_model(self) -> int:
+        return self._number("hidden_size", "n_embd", "d_model", "dim")
+
+    def _seen(self, name: str, axis: str) -> int:
+        return max((s.get(axis, 0) for (n, _), s in self.anatomy.sizes.items() if n == name), default=0)
+
+    @property
+    def n_heads(self) -> int:
+        return self._seen("q", "head") or self._number("num_attention_heads", "n_head", "n_heads")
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self._seen("k", "head") or self.n_heads
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head's output z."""
+        return self._seen("z", "d_head") or self.d_model // max(self.n_heads, 1)
+
+    @property
+    def d_vocab(self) -> int:
+        return int(self.hf.get_input_embeddings().weight.shape[0])
+
+    @property
+    def n_ctx(self) -> int | None:
+        """Longest context, in tokens; None where the family sets no bound."""
+        return self._number("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length") or None
+
+    @property
+    def n_experts(self) -> int:
+        """Experts per MoE layer; 0 for a dense model."""
+        return self._seen("expert_weight", "expert")
+
+    @property
+    def top_k(self) -> int:
+        """Experts chosen per token; 0 for a dense model."""
+        return self._seen("expert_weight", "slot")
+
+    @cached_property
+    def rotary(self) -> bool:
+        """True if queries and keys are rotated, so that ours (after it) differ from TransformerLens's hook_q."""
+        return any("rotary" in name.lower() or "rope" in name.lower() for name, _ in self.hf.named_modules()) or bool(
+            getattr(self.config, "rotary_dim", None) or getattr(self.config, "rope_parameters", None))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the configuration and of every weight's name, shape, dtype and 1,024 evenly spread values."""
+        digest = hashlib.sha256(type(self.hf).__name__.encode())
+        for name, tensor in sorted({**dict(self.hf.named_parameters()), **dict(self.hf.named_buffers())}.items()):
+            flat = tensor.detach().flatten()
+            spread = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu().contiguous()
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode() + spread.numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        parts = f"{type(self.hf).__name__}, {len(self.anatomy.layers)} layers, d_model {self.d_model}, {self.n_heads} heads"
+        experts = f", {self.n_experts} experts top-{self.top_k}" if self.n_experts else ""
+        return f"Model({self.name}: {parts}{experts}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+
+    # -- sites -------------------------------------------------------------------------------------------------
+    def resolve(self, patterns: str | Site | Iterable[str | Site]) -> list[Site]:
+        """The concrete sites that texts or patterns name here, in the given order, each once.
+
+        Raises SiteError for an unknown name, a layer or index out of range, or a site this model does not have (with
+        the reason). A wildcard over layers takes the layers that have the site; if none has it, that is an error.
+        """
+        if isinstance(patterns, (str, Site)):
+            patterns = [patterns]
+        found: dict[Site, None] = {}
+        for text in patterns:
+            pattern = Pattern.parse(str(text), rotary=self.rotary)
+            for site in self._expand(pattern):
+                found.setdefault(site)
+        return list(found)
+
+    def _expand(self, pattern: Pattern) -> list[Site]:
+        kind, anatomy = KINDS[pattern.name], self.anatomy
+        if kind.layered and isinstance(pattern.layers, int):
+            n, given = self.n_layers, pattern.layers
+            layer = given + n if given < 0 else given
+            if not 0 <= layer < n:
+                raise SiteError(f"{pattern.text}: {self.name} has layers 0..{n - 1}")
+            pattern = Pattern(pattern.name, layer, pattern.index, pattern.text)
+        having = anatomy.having(pattern.name) if kind.layered else []
+        layers = pattern.layers
+        if isinstance(layers, slice):
+            span = range(self.n_layers)[layers]
+            sites = pattern.expand(having, self._size)
+            if not sites:
+                why = next((anatomy.absent.get((pattern.name, i)) for i in span if (pattern.name, i) in anatomy.absent), None)
+                raise SiteError(f"{pattern.text}: {self.name} has no such site{f': {why}' if why else ''}")
+        else:
+            if (pattern.name, layers) not in anatomy.places:
+                why = anatomy.absent.get((pattern.name, layers), "this family does not have it")
+                others = f"; layers that have it: {having}" if having else ""
+                raise SiteError(f"{pattern.text}: {self.name} has no such site: {why}{others}")
+            sites = pattern.expand(having, self._size)
+        return [self._in_range(site, pattern.text) for site in sites]
+
+    def _size(self, name: str, layer: int | None, key: str) -> int:
+        axis = "expert" if key == "expert" else KINDS[name].index[key]
+        size = self.anatomy.sizes.get((name, layer), {}).get(axis)
+        return size or {"d_model": self.d_model, "vocab": self.d_vocab}.get(axis, 0)
+
+    def _in_range(self, site: Site, text: str) -> Site:
+        index = []
+        for key, value in site.index:
+            n = self._size(site.name, site.layer, key)
+            if not -n <= value < n:
+                raise SiteError(f"{text}: {key}={value} is out of range; layer {site.layer} has {key} 0..{n - 1}")
+            index.append((key, value % n))
+        return Site(site.name, site.layer, tuple(index))
+
+    def map(self) -> pd.DataFrame:
+        """Every site of this model: name, layers that have it, axes, how it is reached, or why it is absent."""
+        import pandas as pd
+
+        rows = []
+        for name, kind in KINDS.items():
+            having = self.anatomy.having(name) if kind.layered else []
+            present = bool(having) or (name, None) in self.anatomy.places
+            how = sorted({p.how for (n, _), p in self.anatomy.places.items() if n == name})
+            why = sorted({w for (n, _), w in self.anatomy.absent.items() if n == name})
+            rows.append({"site": name, "present": present, "layers": having, "axes": kind.axes, "door": ", ".join(how),
+                         "what": kind.what, "absent": "; ".join(why[:2])})
+        return pd.DataFrame(rows)
+
+    # -- running -----------------------------------------------------------------------------------------------
+    def tokens(self, x: Text, *, max_length: int | None = None, truncate: bool = False, special: bool = True) -> Tokens:
+        """A batch of tokens from texts, ids or Tokens; padded on the right. See `interp.tokens.tokenize` for errors."""
+        return tokenize(x, self.tokenizer, vocab=self.d_vocab, context=self.n_ctx, device=self.device,
+                        max_length=max_length, truncate=truncate, special=special)
+
+    def __call__(self, x: Text, *, grad: bool = False) -> Tensor:
+        """Logits [batch, pos, vocab]; what stands at padding means nothing."""
+        tokens = self.tokens(x)
+        with torch.set_grad_enabled(grad):
+            return self._forward(tokens).logits  # type: ignore[no-any-return]
+
+    def _forward(self, tokens: Tokens) -> Any:
+        inputs: dict[str, Any] = {"input_ids": tokens.ids, "attention_mask": tokens.mask.long(), "use_cache": False}
+        if not bool(tokens.mask[:, 0].all()) and self._takes_positions:  # left padding: count positions from the first token
+            inputs["position_ids"] = tokens.position
+        return self.hf(**inputs)
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        import inspect
+
+        return "position_ids" in inspect.signature(self.hf.forward).parameters
+
+    def capture(self, x: Text, sites: str | Site | Iterable[str | Site], *, logits: bool = False, grad: bool = False,
+                check: bool = True) -> Activations:
+        """Runs the model and keeps what is at `sites`.
+
+        The run stops as soon as the last of them is reached; with `logits` it goes to the end and keeps the output too.
+        With `grad` the tensors stay in the graph, so that ``torch.autograd.grad`` reaches each of them. `check` warns,
+        with the site's name, where an activation is not finite.
+
+        Under an open ``intervene`` context, what is read is what the model goes on with after the edits.
+        """
+        wanted = self._with_routing(self.resolve(sites))
+        tokens = self.tokens(x)
+        out = None
+        while True:
+            recorder = Recorder(wanted, self._fragile, grad=grad, check=check)
+            with self._using(_Use(recorder=recorder)), self._stopping(wanted, logits), torch.set_grad_enabled(grad):
+                with self._rooted(grad):
+                    try:
+                        out = self._forward(tokens)
+                    except _Reached:
+                        pass
+            overwritten = recorder.overwritten()
+            if not overwritten:
+                break
+            self._fragile |= overwritten
+        acts = recorder.activations(tokens, **self._about())
+        if logits and out is not None:
+            acts.logits = out.logits
+        return acts
+
+    def _about(self) -> dict[str, Any]:
+        return {"model": self.name, "n_experts": self.n_experts, "rotary": self.rotary}
+
+    @staticmethod
+    def _with_routing(sites: list[Site]) -> list[Site]:
+        """Adds the chosen experts and their weights wherever something routed is read."""
+        routing = [Site(n, s.layer) for s in sites if s.kind.routed for n in ("expert_ids", "expert_weight")]
+        return list(dict.fromkeys([*sites, *routing]))
+
+    @contextmanager
+    def _stopping(self, sites: list[Site], logits: bool) -> Iterator[None]:
+        """Ends the forward pass at the first module behind the last wanted site."""
+        if logits or any(s.name == "logits" for s in sites):
+            yield
+            return
+        layers = self.anatomy.layers
+        outside = [s for s in sites if s.layer is None and s.name != "embed"]
+        last = max((s.layer for s in sites if s.layer is not None), default=-1)
+        behind = layers[last + 1] if not outside and last + 1 < len(layers) else self.hf.get_output_embeddings()
+        if behind is None:
+            yield
+            return
+
+        def stop(module: nn.Module, args: Any) -> None:
+            raise _Reached
+
+        handle = behind.register_forward_pre_hook(stop)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _rooted(self, grad: bool) -> Iterator[None]:
+        """Makes the embedding's output require a gradient, so that every site has one even if the weights are frozen."""
+        if not grad:
+            yield
+            return
+
+        def root(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output if output.requires_grad else output.detach().requires_grad_(True)
+
+        handle = self.hf.get_input_embeddings().register_forward_hook(root, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    # -- contexts ----------------------------------------------------------------------------------------------
+    @contextmanager
+    def intervene(self, *edits: Any) -> Iterator[Intervention]:
+        """Runs the model with `edits` in force: Edits, lists of them, or anything that has ``as_edits(model)``.
+
+        Contexts nest; edits at one site act outermost first, then left to right. Gives a handle whose ``trace()`` tells
+        which tokens were edited.
+        """
+        bound = [Bound(self._bind(edit), site) for edit in self._flat_edits(edits) for site in self.resolve(edit.site)]
+        with self._using(_Use(edits=bound)):
+            yield Intervention(bound)
+
+    def _bind(self, edit: Edit) -> Edit:
+        encode = None if self.tokenizer is None else lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return edit.within(edit.scope.bind(encode))
+
+    def _flat_edits(self, edits: Iterable[Any]) -> Iterator[Edit]:
+        for edit in edits:
+            if isinstance(edit, Edit):
+                yield edit
+            elif hasattr(edit, "as_edits"):
+                yield from self._flat_edits(edit.as_edits(self))
+            elif isinstance(edit, (list, tuple)):
+                yield from self._flat_edits(edit)
+            else:
+                raise TypeError(f"intervene: expected Edits (interp.edits.zero(...), ...), got {type(edit).__name__}: {edit!r:.80}")
+
+    @contextmanager
+    def recording(self, sites: str | Site | Iterable[str | Site], *, check: bool = True) -> Iterator[Recorder]:
+        """Records `sites` in whatever runs inside: ``rec.activations()`` holds the last sequence, generation included."""
+        recorder = Recorder(self._with_routing(self.resolve(sites)), self._fragile, check=check)
+        with self._using(_Use(recorder=recorder)):
+            yield recorder
+
+    @contextmanager
+    def _using(self, use: _Use) -> Iterator[None]:
+        self._uses.append(use)
+        try:
+            self._reinstall()
+            yield
+        finally:
+            self._uses.remove(use)
+            self._reinstall()
+
+    def _reinstall(self) -> None:
+        """Puts exactly the taps on the model that the open contexts ask for."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+        if not self._uses:
+            self._clock.columns = None
+            return
+        taps: dict[Site, Tap] = {}
+        for use in self._uses:
+            for bound in use.edits:
+                taps.setdefault(bound.site.base, Tap(bound.site.base, self._clock)).edits.append(bound)
+            for site in use.recorder.wanted if use.recorder else ():
+                assert use.recorder is not None
+                taps.setdefault(site, Tap(site, self._clock)).readers.append(use.recorder)
+        stack = ExitStack()
+        stack.enter_context(install(self.hf, self.anatomy, taps, self._clock))
+        self._open = stack
+
+    # -- generating --------------------------------------------------------------------------------------------
+    def generate(self, x: Text, *, max_new_tokens: int = 20, capture: str | Site | Iterable[str | Site] | None = None,
+                 num_return_sequences: int = 1, **kwargs: Any) -> Generation:
+        """Continues each prompt; greedy unless ``do_sample=True`` is passed on to transformers' generate.
+
+        Edits of open contexts act on the tokens of their scope, the same with and without ``use_cache``. Beam search
+        reorders rows between calls and is refused while a context is open.
+        """
+        if kwargs.get("num_beams", 1) != 1 and (self._uses or capture is not None):
+            raise ValueError(f"generate: num_beams={kwargs['num_beams']} reorders the batch between calls, so scopes would "
+                             "follow the wrong rows; use greedy decoding or sampling inside a context")
+        given = self.tokens(x)
+        if num_return_sequences > 1:
+            given = Tokens(given.ids.repeat_interleave(num_return_sequences, 0), given.mask.repeat_interleave(num_return_sequences, 0))
+        left = given.padded("left")
+        kwargs.setdefault("do_sample", False)
+        if kwargs.get("pad_token_id") is None:
+            ids = (getattr(self.tokenizer, "pad_token_id", None), getattr(self.tokenizer, "eos_token_id", None),
+                   getattr(self.hf.generation_config, "eos_token_id", None), 0)
+            kwargs["pad_token_id"] = next(i[0] if isinstance(i, list) else i for i in ids if i is not None)
+        recorder = Recorder(self._with_routing(self.resolve(capture)), self._fragile) if capture is not None else None
+        self._clock.prompt, self._clock.given = left.ids.shape[1], given.mask
+        try:
+            with ExitStack() as stack:
+                if recorder is not None:
+                    stack.enter_context(self._using(_Use(recorder=recorder)))
+                with torch.no_grad():
+                    ids = self.hf.generate(input_ids=left.ids, attention_mask=left.mask.long(), max_new_tokens=max_new_tokens, **kwargs)
+        finally:
+            self._clock.prompt = self._clock.given = None
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[:, : left.ids.shape[1]] = left.mask
+        new = ids[:, left.ids.shape[1] :]
+        texts = ([str(row.tolist()) for row in new] if self.tokenizer is None else
+                 self.tokenizer.batch_decode(new, skip_special_tokens=True))
+        acts = None
+        if recorder is not None:
+            acts = recorder.activations(Tokens(ids[:, :-1], mask[:, :-1]), **self._about())
+        return Generation(texts, Tokens(ids, mask, given.texts), left.ids.shape[1], acts)
+
+    # -- experts -----------------------------------------------------------------------------------------------
+    def expert_output(self, layer: int, expert: int, hidden: Tensor) -> Tensor:
+        """What expert `expert` of `layer` makes of its neurons: [row, d_expert] -> [row, d_model]."""
+        from interp.hooks import experts, undecorated
+
+        site = self.resolve(f"expert_out[{layer}, expert={expert}]")[0]
+        place = self.anatomy.places[site.name, site.layer]
+        down = experts.down if place.how == "experts" else undecorated.down
+        return down(place.module, expert, hidden)

@@ -1,0 +1,281 @@
+"""Sites: the names of the places where activations live.
+
+One grammar serves every model::
+
+    resid_post[5]              the residual stream after layer 5
+    z[5, head=3]               what head 3 of layer 5 reads out, before the output projection
+    mlp_hidden[-1, neuron=17]  one neuron of the last layer
+    expert_out[3, expert=17]   what expert 17 of layer 3 puts out, for the tokens routed to it
+    q[*]                       a pattern: every layer;  q[2:6] a slice of layers;  z[*, head=*] every head
+    embed, logits              places that have no layer
+
+The residual and attention names are TransformerLens's, and its long form parses too
+(``blocks.5.hook_resid_post``). The expert names are ours, because nobody has them.
+
+Two steps, as in a compiler: a text is parsed once into a `Site` or a `Pattern` (nothing about any model is
+known here), and a model then *resolves* patterns into the concrete sites that it has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+
+class SiteError(ValueError):
+    """A text that names no site, or a site that this model does not have."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one site name means, for every model.
+
+    Attributes:
+        name: the name in the grammar.
+        axes: names of the tensor's axes. ``slot`` counts the experts chosen for a token, best first as the router
+            returns them.
+        index: which keys may narrow the site, each with the axis it picks from. The key ``expert`` at a routed site
+            picks *rows* (the slots that hold this expert), since experts are never stored densely.
+        tl: TransformerLens's name, with ``{l}`` for the layer; None where it has none.
+        what: one line for humans.
+        layered: False for the places outside the layers.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    index: dict[str, str]
+    tl: str | None
+    what: str
+    layered: bool = True
+
+    @property
+    def pos_axis(self) -> int:
+        """The axis that runs over tokens (for ``pattern``: over the queries)."""
+        return self.axes.index("query" if "query" in self.axes else "pos")
+
+    @property
+    def routed(self) -> bool:
+        """True where the tensor has one row per (token, slot)."""
+        return "slot" in self.axes
+
+
+_D = ("batch", "pos", "d_model")
+_HEAD = ("batch", "pos", "head", "d_head")
+
+
+def _kinds() -> Iterator[Kind]:
+    dim, head = {"dim": "d_model"}, {"head": "head", "dim": "d_head"}
+    yield Kind("embed", _D, dim, "hook_embed", "output of the token embedding", layered=False)
+    yield Kind("resid_pre", _D, dim, "blocks.{l}.hook_resid_pre", "residual stream entering the layer")
+    yield Kind("ln1_scale", ("batch", "pos", "one"), {}, "blocks.{l}.ln1.hook_scale",
+               "divisor of the norm before attention (RMS, or standard deviation for LayerNorm)")
+    yield Kind("q", _HEAD, head, "blocks.{l}.attn.hook_rot_q", "queries as they meet the keys (after rotary)")
+    yield Kind("k", _HEAD, head, "blocks.{l}.attn.hook_rot_k", "keys as they meet the queries; key-value heads as is")
+    yield Kind("v", _HEAD, head, "blocks.{l}.attn.hook_v", "values; key-value heads as they are (GQA)")
+    yield Kind("pattern", ("batch", "head", "query", "key"), {"head": "head"}, "blocks.{l}.attn.hook_pattern",
+               "attention probabilities")
+    yield Kind("z", _HEAD, head, "blocks.{l}.attn.hook_z", "pattern-weighted values, before the output projection")
+    yield Kind("attn_out", _D, dim, "blocks.{l}.hook_attn_out", "what attention hands to the residual stream")
+    yield Kind("resid_mid", _D, dim, "blocks.{l}.hook_resid_mid", "residual stream between attention and MLP")
+    yield Kind("ln2_scale", ("batch", "pos", "one"), {}, "blocks.{l}.ln2.hook_scale", "divisor of the norm before the MLP")
+    yield Kind("mlp_hidden", ("batch", "pos", "neuron"), {"neuron": "neuron"}, "blocks.{l}.mlp.hook_post",
+               "neurons of a dense MLP: the input of its down projection")
+    yield Kind("router_logits", ("batch", "pos", "expert"), {"expert": "expert"}, None,
+               "router scores of all experts, before softmax, bias and top-k")
+    yield Kind("expert_ids", ("batch", "pos", "slot"), {"slot": "slot"}, None, "experts chosen for each token")
+    yield Kind("expert_weight", ("batch", "pos", "slot"), {"expert": "slot", "slot": "slot"}, None,
+               "weight with which each chosen expert's output is added")
+    yield Kind("expert_hidden", ("batch", "pos", "slot", "neuron"), {"expert": "slot", "slot": "slot", "neuron": "neuron"},
+               None, "neurons of each chosen expert: the input of its down projection")
+    yield Kind("expert_out", ("batch", "pos", "slot", "d_model"), {"expert": "slot", "slot": "slot", "dim": "d_model"},
+               None, "output of each chosen expert, before its weight")
+    yield Kind("shared_weight", ("batch", "pos", "one"), {}, None, "gate of the shared expert, in families that gate it")
+    yield Kind("shared_out", _D, dim, None, "output of the always-on (shared) expert, before its gate if it has one")
+    yield Kind("mlp_out", _D, dim, "blocks.{l}.hook_mlp_out", "what the MLP or MoE block hands to the residual stream")
+    yield Kind("resid_post", _D, dim, "blocks.{l}.hook_resid_post", "residual stream leaving the layer")
+    yield Kind("ln_final_scale", ("batch", "pos", "one"), {}, "ln_final.hook_scale", "divisor of the final norm",
+               layered=False)
+    yield Kind("logits", ("batch", "pos", "vocab"), {"token": "vocab"}, None, "the model's output", layered=False)
+
+
+#: Every site name, in the order in which a forward pass reaches them.
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _kinds()}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One concrete place: ``Site("z", 5, (("head", 3),))`` prints as ``z[5, head=3]``.
+
+    >>> Site.parse("blocks.5.hook_resid_post")
+    Site('resid_post[5]')
+    >>> Site.parse("z[5, head=3]").base
+    Site('z[5]')
+    """
+
+    name: str
+    layer: int | None = None
+    index: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str | Site, *, rotary: bool | None = None) -> Site:
+        """The site that `text` names. Raises SiteError for an unknown name or for a pattern (see `Pattern.parse`)."""
+        if isinstance(text, Site):
+            return text
+        pattern = Pattern.parse(text, rotary=rotary)
+        if not pattern.concrete:
+            raise SiteError(f"{text!r} names many sites; here one is needed, such as '{pattern.name}[0]'")
+        return cls(pattern.name, pattern.layers, tuple((k, int(v)) for k, v in pattern.index))  # type: ignore[arg-type]
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
+
+    @property
+    def base(self) -> Site:
+        """The same place without its index: the whole tensor."""
+        return Site(self.name, self.layer) if self.index else self
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axis names of the tensor read here; an indexed axis is gone, and a chosen expert gives flat rows."""
+        picked = dict(self.index)
+        if self.kind.routed and "expert" in picked:
+            return ("row", *(a for a in self.kind.axes[3:] if a not in {self.kind.index[k] for k in picked}))
+        gone = {self.kind.index[key] for key in picked}
+        return tuple(a for a in self.kind.axes if a not in gone)
+
+    @property
+    def tl_name(self) -> str | None:
+        """TransformerLens's name of the whole tensor (rotary form for q and k), or None."""
+        return self.kind.tl.format(l=self.layer) if self.kind.tl else None
+
+    def at(self, **index: int) -> Site:
+        """This site narrowed further: ``Site.parse("z[5]").at(head=3)``."""
+        return Site(self.name, self.layer, (*self.index, *index.items()))
+
+    def __str__(self) -> str:
+        inside = [] if self.layer is None else [str(self.layer)]
+        inside += [f"{key}={value}" for key, value in self.index]
+        return f"{self.name}[{', '.join(inside)}]" if inside else self.name
+
+    def __repr__(self) -> str:
+        return f"Site('{self}')"
+
+    def __lt__(self, other: Site) -> bool:
+        return self.order < other.order
+
+    @property
+    def order(self) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+        """Sorts sites in the order in which a forward pass reaches them."""
+        place = list(KINDS).index(self.name)
+        if self.layer is None:
+            return (-1 if self.name == "embed" else 1 << 30, place, self.index)
+        return (self.layer, place, self.index)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A text of the grammar, taken apart: layers and indices may be ``*`` or slices."""
+
+    name: str
+    layers: int | slice | None
+    index: tuple[tuple[str, int | str], ...] = ()
+    text: str = field(default="", compare=False)
+
+    @property
+    def concrete(self) -> bool:
+        return not isinstance(self.layers, slice) and all(v != "*" for _, v in self.index)
+
+    @classmethod
+    def parse(cls, text: str, *, rotary: bool | None = None) -> Pattern:
+        """Takes a text apart. `rotary` says whether the model rotates q and k, for TransformerLens's ``hook_q``."""
+        if not isinstance(text, str):
+            raise SiteError(f"site {text!r}: a site is a text such as 'resid_post[5]', not {type(text).__name__}")
+        return _parse(text.strip(), rotary)
+
+    def expand(self, layers: list[int], size: Callable[[str, int | None, str], int]) -> list[Site]:
+        """The concrete sites meant, given the layers that have this name and the size of each indexed axis."""
+        if isinstance(self.layers, slice):
+            span = range(max(layers) + 1)[self.layers] if layers else range(0)
+            chosen: list[int | None] = [i for i in layers if i in span]
+        else:
+            chosen = [self.layers]
+        out: list[Site] = []
+        for layer in chosen:
+            rows: list[tuple[tuple[str, int], ...]] = [()]
+            for key, value in self.index:
+                values = range(size(self.name, layer, key)) if value == "*" else [int(value)]
+                rows = [(*row, (key, v)) for row in rows for v in values]
+            out += [Site(self.name, layer, row) for row in rows]
+        return out
+
+
+_FORM = re.compile(r"(?P<name>[a-z_0-9]+)\s*(?:\[(?P<inside>[^\[\]]*)\])?\Z")
+_LAYERS = re.compile(r"(?P<one>-?\d+)\Z|(?P<all>\*)\Z|(?P<a>-?\d*):(?P<b>-?\d*)(?::(?P<c>-?\d*))?\Z")
+_TL = {k.tl.replace("{l}", "L"): k.name for k in KINDS.values() if k.tl}
+_TL |= {"blocks.L.attn.hook_q": "q", "blocks.L.attn.hook_k": "k", "blocks.L.hook_out": "resid_post"}
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str, rotary: bool | None) -> Pattern:
+    if text.startswith(("blocks.", "hook_", "ln_final.")):
+        return _parse_tl(text, rotary)
+    match = _FORM.match(text)
+    if not match:
+        raise SiteError(f"{text!r} is not a site; the form is name[layer] or name[layer, key=index], e.g. 'z[5, head=3]'")
+    kind = KINDS.get(match["name"])
+    if kind is None:
+        raise SiteError(f"{match['name']!r} is not a site name{_near(match['name'])}; the names are {', '.join(KINDS)}")
+    parts = [p.strip() for p in (match["inside"] or "").split(",") if p.strip()]
+    layers: int | slice | None = None
+    if kind.layered:
+        if not parts or "=" in parts[0]:
+            raise SiteError(f"{text!r}: {kind.name} lives in layers; write {kind.name}[5] or {kind.name}[*]")
+        layers = _layers(parts.pop(0), text)
+    return Pattern(kind.name, layers, tuple(_index(p, kind, text) for p in parts), text)
+
+
+def _parse_tl(text: str, rotary: bool | None) -> Pattern:
+    found = re.search(r"\.(\d+|\*)\.", text)
+    name = _TL.get(re.sub(r"\.(\d+|\*)\.", ".L.", text, count=1))
+    if name is None:
+        raise SiteError(f"{text!r}: no site stands for this TransformerLens name; known are {', '.join(sorted(_TL))}")
+    if text.endswith((".hook_q", ".hook_k")) and rotary is not False:
+        raise SiteError(
+            f"{text!r} is {name} before rotary in TransformerLens, and interp reads {name} after it: "
+            f"write {text.replace('hook_', 'hook_rot_')!r} or '{name}[{found[1] if found else 0}]'"
+        )
+    layers = None if found is None else (slice(None) if found[1] == "*" else int(found[1]))
+    return Pattern(name, layers, (), text)
+
+
+def _layers(part: str, text: str) -> int | slice:
+    match = _LAYERS.match(part)
+    if not match:
+        raise SiteError(f"{text!r}: layer {part!r} is neither a number, nor '*', nor a slice such as 2:6")
+    if match["one"] is not None:
+        return int(match["one"])
+    if match["all"]:
+        return slice(None)
+    return slice(*(int(match[g]) if match[g] else None for g in "abc"))
+
+
+def _index(part: str, kind: Kind, text: str) -> tuple[str, int | str]:
+    key, equals, value = (s.strip() for s in part.partition("="))
+    if not equals or key not in kind.index:
+        allowed = ", ".join(f"{k}=" for k in kind.index) or "no index"
+        raise SiteError(f"{text!r}: {part!r} does not narrow {kind.name}, which takes {allowed}")
+    if value == "*":
+        return key, "*"
+    if not re.fullmatch(r"-?\d+", value):
+        raise SiteError(f"{text!r}: {key}={value!r} is neither a number nor '*'")
+    return key, int(value)
+
+
+def _near(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, KINDS, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
