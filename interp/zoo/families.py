@@ -1,64 +1,61 @@
-"""The transformers families that `tiny` can shrink, and what each needs beyond the general recipe."""
+"""The transformers families that `tiny` can shrink, and what each one needs beyond the general recipe.
+
+Most need nothing: their config names its sizes as everybody does. An override has one of three reasons, said
+beside it: a size with a name of its own; a default config that the family's own model refuses, or that leaves
+out what the family is known for (a mixture of experts whose default has no experts); a switch or factor that
+its checkpoints set and the default does not, so that a bug in handling it would not show.
+
+`FAMILIES` is keyed by the name that users know; for the text part of a model for images or sound it is that
+model's. A second style of checkpoint of one family has a key of its own (`falcon_40b` and `falcon_rw` beside
+`falcon`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from interp.zoo.families_common import Family
+from interp.zoo.families_dense import DENSE_FAMILIES
+from interp.zoo.families_moe import MOE_FAMILIES, UNDECORATED_FAMILIES
 
-MOE, UNDECORATED, DENSE = "moe", "moe-undecorated", "dense"
+__all__ = ["FAMILIES", "NO_ATTENTION", "UNBUILT", "Family", "families"]
 
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture of transformers and how to build a toy of it.
-
-    Attributes:
-        model_type: the `model_type` of its config in transformers (of the text part, where a family has several).
-        kind: "moe" (its experts go through transformers' experts interface), "moe-undecorated" (own experts code:
-            that interface does not reach them) or "dense".
-        overrides: config fields that the general recipe cannot guess, for the reason given beside them.
-        note: what a user should know about it, empty if nothing.
-        cls: name of the model class in transformers, where the causal-LM mapping has none.
-    """
-
-    model_type: str
-    kind: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""
-    cls: str | None = None
-
-
-FAMILIES: dict[str, Family] = {}
-UNBUILT: dict[str, str] = {}
-NO_ATTENTION: tuple[str, ...] = ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm")
+FAMILIES: dict[str, Family] = MOE_FAMILIES | UNDECORATED_FAMILIES | DENSE_FAMILIES
 
 
 def families(kind: str | None = None) -> list[str]:
-    """Names of the families that can be built, all or of one kind ("moe", "moe-undecorated", "dense")."""
+    """Names of the families that can be built; of one `kind` ("moe", "moe-undecorated", "dense") or all."""
     return [name for name, family in FAMILIES.items() if kind in (None, family.kind)]
 
 
-# Mixture of experts through transformers' experts interface -------------------------------------------------------
-# The general recipe is enough for these.
-_MOE = """afmoe axk1 axk2 beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1 ernie4_5_moe
-exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoeshared
-hunyuan_v1_moe hy_v3 hy_v4 kimi_linear kolibri1 laguna mellum mimo_v2_flash minimax minimax_m2 mixtral olmoe phimoe
-qwen2_moe qwen3_moe qwen3_next solar_open"""
-FAMILIES |= {name: Family(name, MOE) for name in _MOE.split()}
-# So it is for these, whose language model is the text part of a model for images or sound too.
-_MOE_TEXT = "aria inkling inkling2 minimax_m3_vl qwen3_5_moe"
-FAMILIES |= {name: Family(f"{name}_text", MOE) for name in _MOE_TEXT.split()}
+# Recurrent language models: nothing attends to anything.
+NO_ATTENTION: tuple[str, ...] = ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm")
 
-# Undecorated
-_UNDECORATED = "jetmoe longcat_flash"
-FAMILIES |= {name: Family(name, UNDECORATED) for name in _UNDECORATED.split()}
-FAMILIES |= {"llama4": Family("llama4_text", UNDECORATED)}
+_ENCODER = "an encoder that reads in both directions, not a causal language model"
+_DECODER = "the decoder half of an encoder-decoder, not a causal language model of its own"
+_ENCODERS = """bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert
+roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod"""
+_DECODERS = """bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet
+trocr whisper"""
+_DRAFTER = "a drafter that reads the states of a larger Gemma 4: it cannot run by itself"
+_LISTENER = "generates sound; its decoder needs codes of sound as input"
 
-# Dense
-_DENSE = """gpt2 gpt_neo gpt_neox gpt_neox_japanese gpt_bigcode llama mistral ministral ministral3 qwen2 qwen3 gemma
-gemma2 vaultgemma phi phi3 olmo olmo2 olmo3 falcon bloom mpt opt xglm biogpt stablelm starcoder2 cohere cohere2 granite
-granite_swa smollm3 persimmon glm glm4 nemotron exaone4 arcee apertus ernie4_5 seed_oss hunyuan_v1_dense hyperclovax
-lfm2 lfm3 minicpm3 openai-gpt ctrl bitnet diffllama doge cwm jais2 modernbert-decoder nanochat youtu"""
-FAMILIES |= {name: Family(name, DENSE) for name in _DENSE.split()}
-FAMILIES |= {name: Family(f"{name}_text", DENSE) for name in ("gemma3", "gemma4_unified")}
+UNBUILT: dict[str, str] = {
+    **dict.fromkeys(_ENCODERS.split(), _ENCODER),
+    **dict.fromkeys(_DECODERS.split(), _DECODER),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTER),
+    **dict.fromkeys(("musicgen", "musicgen_melody", "moshi"), _LISTENER),
+    # of the families with decorated experts
+    "diffusion_gemma": "writes text by diffusion, refining all positions of a block at once: not causal",
+    "openai_privacy_filter": "labels tokens and reads in both directions: not a causal language model",
+    # of the mixtures of experts with code of their own
+    "nllb_moe": "an encoder-decoder (translation): not a causal language model",
+    "switch_transformers": "an encoder-decoder (T5's kind): not a causal language model",
+    # others that transformers lists as causal language models
+    "blt": "reads bytes in patches that a second model cuts: its layers see patches, not tokens",
+    "cohere_compass_text": "makes embeddings of texts: it has no language-modelling head",
+    "cpmant": "attends in both directions over its input: not causal",
+    "git": "BERT's kind of layers over a picture and its caption: not used without a picture",
+    "got_ocr2": "its language model is Qwen 2: use tiny('qwen2')",
+    "moss_transcribe_diarize": "its language model is Qwen 3: use tiny('qwen3')",
+    "reformer": "attends to positions that it draws by random hashing: two runs see different patterns",
+    "xlnet": "predicts tokens in permuted order and reads in both directions by default: not causal",
+}
