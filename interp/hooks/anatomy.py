@@ -2,7 +2,7 @@
 
 Families name their parts as they please, and the same name means different things: ``post_attention_layernorm`` is
 the norm *before the MLP* in Llama and a norm *on attention's output* in OLMo 2. So names decide little here. The
-model runs once on four tokens; from which tensor goes into which module follows what each module is:
+model runs once on a few tokens; from which tensor goes into which module follows what each module is:
 
     a norm whose output is the MLP's input           -> the norm before the MLP; its input is resid_mid
     a norm whose input is attention's output         -> part of attention: attn_out is behind it
@@ -37,7 +37,7 @@ class Place:
     centred: bool = False  # for scale: the norm subtracts the mean
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One module's call during the probe: which memory went in, which came out."""
 
@@ -58,6 +58,10 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
+#: Length of the probe. Long enough for keys that are pooled over a few tokens to show that they are.
+PROBE_TOKENS = 8
+
+
 class AnatomyError(ValueError):
     """A model whose decoder layers could not be found or run."""
 
@@ -71,12 +75,14 @@ class Anatomy:
         places: (site name, layer) -> Place; unlayered sites have layer None.
         absent: (site name, layer) -> why this model has no such site.
         sizes: (site name, layer) -> {axis: size} for axes that indices pick from.
+        scores: layer -> (factor on q.k, soft cap or None): how attention scores are made before masks and biases.
     """
 
     hf: nn.Module
     layers: nn.ModuleList
     path: str
     sizes: dict[tuple[str, int | None], dict[str, int]] = field(default_factory=dict)
+    scores: dict[int, tuple[float, float | None]] = field(default_factory=dict)
     places: dict[tuple[str, int | None], Place] = field(default_factory=dict)
     absent: dict[tuple[str, int | None], str] = field(default_factory=dict)
 
@@ -114,17 +120,32 @@ def find_layers(hf: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def dissect(hf: nn.Module) -> Anatomy:
-    """Runs the model on four tokens and returns its map. Nothing of the model is changed."""
-    from interp.hooks import attention, experts, parts
+    """Runs the model on a few tokens and returns its map. Nothing of the model is changed."""
+    from interp.hooks import attention, experts, functions, parts
 
     path, layers = find_layers(hf)
     anatomy = Anatomy(hf, layers, path)
     with attention.observed(hf) as heads, experts.observed(hf) as routed:
         calls = watch(hf, layers)
+    written = [m for layer in layers for m in layer.modules() if id(m) not in heads and functions.writes_attention(m)]
+    by_hand = functions.observe(hf, written, run_probe) if written else {}
     for index, layer in enumerate(layers):
-        parts.read_layer(anatomy, index, layer, calls.get(index, []), heads, routed)
+        parts.read_layer(anatomy, index, layer, calls.get(index, []), heads, by_hand, routed)
     parts.read_ends(anatomy, calls)
+    _refuse_repeats(anatomy, calls)
     return anatomy
+
+
+def _refuse_repeats(anatomy: Anatomy, calls: dict[int | None, list[Call]]) -> None:
+    """A module that runs several times in one pass (shared or looped layers) is no single place."""
+    times: dict[int, int] = {}
+    for call in (c for group in calls.values() for c in group):
+        times[id(call.module)] = times.get(id(call.module), 0) + 1
+    for key, place in list(anatomy.places.items()):
+        if times.get(id(place.module), 1) > 1:
+            del anatomy.places[key]
+            anatomy.absent[key] = (f"{type(place.module).__name__} runs {times[id(place.module)]} times in one forward pass, "
+                                   "so the site would not be one place")
 
 
 def watch(hf: nn.Module, layers: nn.ModuleList) -> dict[int | None, list[Call]]:
@@ -153,16 +174,16 @@ def watch(hf: nn.Module, layers: nn.ModuleList) -> dict[int | None, list[Call]]:
 
 
 def run_probe(hf: nn.Module) -> None:
-    """A forward pass on four tokens, in evaluation mode and without gradients."""
+    """A forward pass on a few tokens, in evaluation mode and without gradients."""
     weight = hf.get_input_embeddings().weight  # type: ignore[operator]
-    ids = torch.arange(1, 5, device=weight.device)[None] % weight.shape[0]
+    ids = torch.arange(1, 1 + PROBE_TOKENS, device=weight.device)[None] % weight.shape[0]
     training = hf.training
     try:
         hf.eval()
         with torch.no_grad():
             hf(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:
-        raise AnatomyError(f"{type(hf).__name__}: a forward pass on four tokens failed, so its parts cannot be found: "
+        raise AnatomyError(f"{type(hf).__name__}: a forward pass on a few tokens failed, so its parts cannot be found: "
                            f"{type(error).__name__}: {error}") from error
     finally:
         hf.train(training)

@@ -3,7 +3,7 @@
 Every family that uses the interface hands its attention function the queries, keys and values (after rotary, key-value
 heads as they are). Our function taps them, lets the implementation that was set before do the arithmetic, and taps
 what comes out. As long as nobody wants the pattern, that is the very kernel the model used (SDPA); the pattern exists
-only in the family's own eager function, which is then used for the whole model.
+only in the family's own eager function, which is then used for the whole model, and is tapped where it meets the values.
 
 A module that is not tapped goes straight through, and outside our contexts the name we registered is not in use.
 """
@@ -17,12 +17,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interp.hooks.functions import PatternMode
 from interp.hooks.tap import Tap
 
 PREFIX = "interp_"
 #: Taps of the attention modules that are being watched, by module identity. Two models never share a key.
 _live: dict[int, dict[str, Tap]] = {}
-_observers: dict[int, dict[int, dict[str, int]]] = {}
+_observers: dict[int, dict[int, dict[str, Any]]] = {}
+
+class Name(str):
+    """The registered name of our function, which also answers to the name it stands for.
+
+    Some families ask ``config._attn_implementation == "sdpa"`` to decide how to build a mask; they must get the answer
+    that they would get without us. Look-ups in transformers' registries go by hash and find ours.
+    """
+
+    base: str
+
+    def __new__(cls, base: str) -> Name:
+        name = super().__new__(cls, PREFIX + base)
+        name.base = base
+        return name
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or (isinstance(other, str) and str(other) == self.base)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -57,24 +81,32 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     """Stands where an attention implementation stands: q [batch, head, pos, d_head] -> out [batch, pos, head, d_head]."""
     run = delegate(module, base_name(module.config))
     if id(module) in _observers:
-        _observers[id(module)][id(module)] = {"heads": query.shape[1], "kv_heads": key.shape[1],
-                                              "d_q": query.shape[-1], "d_v": value.shape[-1]}
+        _note(_observers[id(module)], module, query, key, value, attention_mask, kwargs)
     taps = _live.get(id(module))
     if taps is None:
         return run(module, query, key, value, attention_mask, **kwargs)
     query, key, value = (_swap(taps.get(name), tensor) for name, tensor in (("q", query), ("k", key), ("v", value)))
-    out, pattern = run(module, query, key, value, attention_mask, **kwargs)
     if "pattern" in taps:
-        if pattern is None:
-            raise ValueError(f"{type(module).__name__}: its eager attention gives no pattern")
-        edited = taps["pattern"](pattern)
-        if edited is not pattern:
-            pattern = edited
-            groups = pattern.shape[1] // value.shape[1]
-            out = (pattern.to(value.dtype) @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous()
+        with PatternMode(taps["pattern"], heads=query.shape[1]) as mode:
+            out, pattern = run(module, query, key, value, attention_mask, **kwargs)
+        if not mode.done:
+            raise ValueError(f"{type(module).__name__}: its eager attention shows no product of a pattern with the values")
+    else:
+        out, pattern = run(module, query, key, value, attention_mask, **kwargs)
     if "z" in taps:
         out = taps["z"](out)
     return out, pattern
+
+
+def _note(seen: dict[int, dict[str, Any]], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+          mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """What an observer learns from one call."""
+    seen[id(module)] = {
+        "heads": query.shape[1], "kv_heads": key.shape[1], "d_q": query.shape[-1], "d_v": value.shape[-1],
+        "keys": key.shape[2], "scaling": kwargs.get("scaling"), "softcap": kwargs.get("softcap"),
+        "calls": seen.get(id(module), {}).get("calls", 0) + 1,
+        "added": [t for t in (mask, kwargs.get("position_bias")) if isinstance(t, Tensor) and t.is_floating_point()],
+    }
 
 
 def _swap(tap: Tap | None, tensor: Tensor) -> Tensor:
@@ -106,7 +138,7 @@ def implementation(hf: nn.Module, *, eager: bool = False) -> Iterator[None]:
             if PREFIX + base not in ALL_MASK_ATTENTION_FUNCTIONS:
                 AttentionInterface.register(PREFIX + base, _attend)
                 AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
-            setattr(config, attribute, PREFIX + base)
+            setattr(config, attribute, Name(base))
         yield
     finally:
         for config, name in before:
@@ -126,13 +158,13 @@ def tapped(hf: nn.Module, taps: dict[nn.Module, dict[str, Tap]]) -> Iterator[Non
 
 
 @contextmanager
-def observed(hf: nn.Module) -> Iterator[dict[int, dict[str, int]]]:
-    """Notes which modules of `hf` call the interface, with their head counts and sizes, by module identity."""
-    seen: dict[int, dict[str, int]] = {}
+def observed(hf: nn.Module, *, eager: bool = False) -> Iterator[dict[int, dict[str, Any]]]:
+    """Notes which modules of `hf` call the interface, with their head counts, sizes and score biases, by identity."""
+    seen: dict[int, dict[str, Any]] = {}
     modules = list(hf.modules())
     try:
         _observers.update({id(m): seen for m in modules})
-        with implementation(hf):
+        with implementation(hf, eager=eager):
             yield seen
     finally:
         for module in modules:

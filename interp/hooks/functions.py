@@ -44,6 +44,25 @@ class RouterMode(TorchFunctionMode):
         return out
 
 
+class PatternMode(TorchFunctionMode):
+    """Taps the attention pattern in a family's eager function: what is multiplied with the values, after the softmax.
+
+    Whatever the family does around it (sinks dropped before, outputs scaled after) stays its own arithmetic.
+    """
+
+    def __init__(self, tap: Tap, heads: int) -> None:
+        super().__init__()
+        self.tap, self.heads, self.normalised, self.done = tap, heads, False, False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in _SOFTMAX:
+            self.normalised = True
+        elif self.normalised and not self.done and func in _MATMUL and isinstance(args[0], Tensor) and args[0].dim() == 4:
+            self.done = True
+            return func(self.tap(args[0]), *args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 class AttentionMode(TorchFunctionMode):
     """Taps hand-written attention. Heads may be folded into the batch ([batch * head, ...], as in BLOOM)."""
 
@@ -60,11 +79,9 @@ class AttentionMode(TorchFunctionMode):
             return self._scores(func, args, kwargs)
         if self.stage == "softmax" and func in _SOFTMAX:
             self.stage = "pattern"
-            return self._tap("pattern", func(*args, **kwargs), pattern=True)
-        if self.stage == "pattern" and func in _MATMUL:
+        elif self.stage == "pattern" and func in _MATMUL:
             self.stage = "done"
-            left, right = args[:2]
-            right = self._tap("v", right)
+            left, right = self._tap("pattern", args[0], pattern=True), self._tap("v", args[1])
             return self._tap("z", func(left, right, *args[2:], **kwargs))
         return func(*args, **kwargs)
 
@@ -150,9 +167,26 @@ def writes_attention(module: nn.Module) -> bool:
 
 
 def head_count(module: nn.Module) -> int:
-    """Heads of a hand-written attention module, by the names that families use."""
+    """Heads of a hand-written attention module, by the names that families use; 0 if it has none of them."""
     for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
         value = getattr(module, name, None)
         if isinstance(value, int):
             return value
-    raise ValueError(f"{type(module).__name__}: found no number of heads on it")
+    return 0
+
+
+def observe(hf: nn.Module, modules: list[nn.Module], run: Callable[[nn.Module], None]) -> dict[int, dict[str, Any]]:
+    """Which of `modules` show the whole formula when the model runs, with their head counts and sizes."""
+    notes: dict[int, dict[str, Any]] = {}
+    watched = []
+    for module in modules:
+        heads = head_count(module)
+        if heads:
+            note = notes.setdefault(id(module), {"calls": 0})
+            watched.append(Watched(module, lambda note=note, heads=heads: AttentionMode({}, heads, note)))  # type: ignore[misc]
+    try:
+        run(hf)
+    finally:
+        for watch in watched:
+            watch.remove()
+    return {key: note for key, note in notes.items() if note.keys() >= {"heads", "kv_heads", "d_q", "d_v"}}

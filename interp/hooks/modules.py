@@ -47,9 +47,8 @@ def _at_input(place: Place, tap: Tap) -> list[Handle]:
 def _at_stream(place: Place, tap: Tap) -> list[Handle]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value, _ = _find_input(args, kwargs)
-        if tap.edits:
-            given = tap.framed(value.clone())
-            value.copy_(given)
+        if tap.edits or value.requires_grad:  # a copy is read and written back, so that gradients pass through it
+            value.copy_(tap.framed(value.clone()))
         else:
             tap.framed(value)
 
@@ -116,7 +115,7 @@ def _with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return None if given is output else given
     head = output[0]
     given = change(head)
-    return None if given is head else (given, *output[1:])
+    return None if given is head else type(output)([given, *output[1:]])
 
 
 def _find_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.hooks.anatomy import Anatomy, Call, Place, same
+from interp.hooks.anatomy import PROBE_TOKENS, Anatomy, Call, Place, same, text_config
+from interp.sites import KINDS
 
 _NORM = re.compile(r"norm", re.I)
-_NEITHER = re.compile(r"norm|dropout|hyperconn|rotary|embedding|^identity$|droppath|activation$|gelu|silu|relu", re.I)
-_MIXER_CLASS = re.compile(r"attention|attn|mamba|deltanet|conv|ssm|lightning|recurrent|kda", re.I)
+_NEITHER = re.compile(r"norm|residual|dropout|hyperconn|rotary|embedding|^identity$|droppath|activation$|gelu|silu|relu", re.I)
+_MIXER_CLASS = re.compile(r"attention|attn|mamba|deltanet|conv|lightning|recurrent", re.I)
 _MLP_CLASS = re.compile(r"mlp|moe|feed_?forward|ffn|experts|sparse", re.I)
-_MIXER_NAME = re.compile(r"attn|attention|mixer|mamba|conv|temporal", re.I)
-_MLP_NAME = re.compile(r"mlp|ffn|feed_?forward|moe|experts", re.I)
+_MIXER_NAME = re.compile(r"attn|attention|mamba|conv|temporal", re.I)
+_MLP_NAME = re.compile(r"mlp|ffn|feed_?forward|(^|_)moe|experts", re.I)
 SHARED = re.compile(r"^(shared_experts?|shared_mlp|shared_moe)$")
 
 
@@ -33,8 +34,8 @@ class Layer:
         self.top = self.by_module.get(id(module))
         self.children = [(name, m, self.by_module[id(m)]) for name, m in module.named_children() if id(m) in self.by_module]
         self.norms = [c for _, m, c in self.children if _NORM.search(type(m).__name__)]
-        self.mixers = [c for name, m, c in self.children if _role(name, m) == "mixer"]
-        self.mlps = [c for name, m, c in self.children if _role(name, m) == "mlp"]
+        self.mixers = _heads_of_chains([c for name, m, c in self.children if _role(name, m) == "mixer"])
+        self.mlps = _heads_of_chains([c for name, m, c in self.children if _role(name, m) == "mlp"])
 
     def inside(self, module: nn.Module) -> list[Call]:
         """Calls of `module`'s submodules, in order of return."""
@@ -50,9 +51,17 @@ class Layer:
         return next((n for n in self.norms if call.reads(n.output)), None)
 
     def after(self, call: Call, stop: Call | None) -> Call:
-        """The call itself, or the norm that its output goes through before it is added to the stream."""
-        post = next((n for n in self.norms if n is not stop and n.reads(call.output)), None)
-        return self.after(post, stop) if post is not None and post is not call else call
+        """The call itself, or the last of the modules (norm, convolution) its output goes through before it is added."""
+        rest = self.calls[self.calls.index(call) + 1 :]
+        own = {id(m) for _, m, _ in self.children}
+        post = next((c for c in rest if id(c.module) in own and c is not stop and c.source is not None and
+                     same(c.source, call.output) and not same(c.output, call.output)), None)
+        return self.after(post, stop) if post is not None else call
+
+
+def _heads_of_chains(calls: list[Call]) -> list[Call]:
+    """Without those that only go on with another one's output."""
+    return [c for c in calls if not any(same(c.source, other.output) for other in calls if other is not c)]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -67,29 +76,35 @@ def _role(name: str, module: nn.Module) -> str | None:
         return None
     if is_linear(module) or not list(module.modules())[1:] and not list(module.parameters(recurse=False)):
         return None
-    for pattern, text, role in ((_MIXER_CLASS, cls, "mixer"), (_MLP_CLASS, cls, "mlp"),
-                                (_MIXER_NAME, name, "mixer"), (_MLP_NAME, name, "mlp")):
+    for pattern, text, role in ((_MIXER_NAME, name, "mixer"), (_MLP_NAME, name, "mlp"),
+                                (_MIXER_CLASS, cls, "mixer"), (_MLP_CLASS, cls, "mlp")):
         if pattern.search(text):
             return role
     return None
 
 
-def read_layer(anatomy: Anatomy, index: int, module: nn.Module, calls: list[Call],
-               heads: dict[int, dict[str, int]], routed: dict[int, dict[str, int]]) -> None:
-    """Enters every site of one layer. `heads` and `routed`: sizes seen at each attention and experts module."""
+def read_layer(anatomy: Anatomy, index: int, module: nn.Module, calls: list[Call], heads: dict[int, dict[str, Any]],
+               by_hand: dict[int, dict[str, Any]], routed: dict[int, dict[str, int]]) -> None:
+    """Enters every site of one layer.
+
+    `heads`, `by_hand`, `routed`: sizes seen at each module that called the attention interface, that wrote attention out,
+    and that called the experts interface.
+    """
     layer = Layer(index, module, calls)
     if layer.top is None or layer.top.source is None:
-        for name in ("resid_pre", "resid_post", "resid_mid", "attn_out", "mlp_out", "mlp_hidden", "q", "k", "v", "pattern",
-                     "z", "ln1_scale", "ln2_scale"):
+        for name in (n for n, kind in KINDS.items() if kind.layered):
             anatomy.put(name, index, None, "this layer was not called in a plain forward pass")
         return
-    anatomy.put("resid_pre", index, Place("input", module))
-    anatomy.put("resid_post", index, Place("output", module))
+    shape = layer.top.source.shape
+    one_stream = len(shape) == 3 and shape[-1] == getattr(text_config(anatomy.hf), "hidden_size", shape[-1])
+    why = f"this family carries several residual streams ({'x'.join(map(str, shape[1:]))} per batch row), not one of d_model"
+    anatomy.put("resid_pre", index, Place("input", module) if one_stream else None, why)
+    anatomy.put("resid_post", index, Place("output", module) if one_stream else None, why)
     mixer = layer.mixers[0] if len(layer.mixers) == 1 else None
     entry, body, exit_ = _mlp(layer)
     before_mlp = layer.norm_before(entry) if entry else None
-    _attention(anatomy, layer, mixer, entry, before_mlp, heads)
-    _middle(anatomy, layer, mixer, entry, before_mlp)
+    _attention(anatomy, layer, mixer, entry, before_mlp, heads, by_hand)
+    _middle(anatomy, layer, mixer, entry, before_mlp, why if not one_stream else "")
     _feed_forward(anatomy, layer, entry, body, exit_, before_mlp, routed)
 
 
@@ -107,22 +122,30 @@ def _mlp(layer: Layer) -> tuple[Call | None, nn.Module | None, Call | None]:
 
 
 def _attention(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call | None, before_mlp: Call | None,
-               heads: dict[int, dict[str, int]]) -> None:
+               heads: dict[int, dict[str, Any]], by_hand: dict[int, dict[str, Any]]) -> None:
     i = layer.index
-    inner = {id(m): m for m in layer.module.modules() if id(m) in heads}
-    if len(inner) == 1:
+    inner = {id(m): m for m in layer.module.modules() if id(m) in heads or id(m) in by_hand}
+    if len(inner) == 1 and _times(heads, by_hand, inner) > 1:
+        for name in ("q", "k", "v", "pattern", "z"):
+            anatomy.put(name, i, None, f"layer {i} computes attention {_times(heads, by_hand, inner)} times over, so it has no one pattern")
+    elif len(inner) == 1:
         (key, attention), = inner.items()
-        size = heads[key]
+        size = heads.get(key) or by_hand[key]
+        door = "attention" if key in heads else "handmade"
+        pooled = size.get("keys", PROBE_TOKENS) != PROBE_TOKENS
         for name in ("q", "k", "v", "pattern", "z"):
             n = size["kv_heads"] if name in "kv" else size["heads"]
-            anatomy.put(name, i, Place("attention", attention), head=n, d_head=size["d_" + ("v" if name in "vz" else "q")])
+            place = None if pooled and name in ("k", "v") else Place(door, attention)
+            anatomy.put(name, i, place, f"layer {i} attends to pooled keys, not one per token", head=n,
+                        d_head=size["d_" + ("v" if name in "vz" else "q")])
+        if door == "attention":
+            anatomy.scores[i] = (size["scaling"] or size["d_q"] ** -0.5, size["softcap"])
     else:
-        hand = _handmade(layer, mixer)
         kind = type(mixer.module).__name__ if mixer else "nothing"
         why = (f"layer {i} has {len(inner)} attention modules" if inner else
                f"layer {i} mixes tokens with {kind}, which shows no attention pattern")
         for name in ("q", "k", "v", "pattern", "z"):
-            anatomy.put(name, i, hand, why)
+            anatomy.put(name, i, None, why)
     if mixer is None:
         why = (f"layer {i} has no attention of its own" if not layer.mixers else
                f"layer {i} has {len(layer.mixers)} token mixers ({', '.join(type(c.module).__name__ for c in layer.mixers)})")
@@ -136,7 +159,11 @@ def _attention(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call |
     anatomy.put("ln1_scale", i, _scale(norm), "this family has no norm before attention")
 
 
-def _middle(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call | None, before_mlp: Call | None) -> None:
+def _times(heads: dict[int, dict[str, Any]], by_hand: dict[int, dict[str, Any]], inner: dict[int, nn.Module]) -> int:
+    return max(int((heads.get(key) or by_hand[key]).get("calls", 1)) for key in inner)
+
+
+def _middle(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call | None, before_mlp: Call | None, why: str) -> None:
     i, top = layer.index, layer.top
     assert top is not None
     anatomy.put("ln2_scale", i, _scale(before_mlp), "this family has no norm before the MLP" if entry else
@@ -146,8 +173,8 @@ def _middle(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call | No
         return
     reader = before_mlp or entry
     source, norm = reader.source, layer.norm_before(mixer)
-    if top.source is not None and top.source.dim() > 3:
-        anatomy.put("resid_mid", i, None, "the residual stream is several streams (hyper-connections)")
+    if why:
+        anatomy.put("resid_mid", i, None, why)
     elif same(source, top.source) or (norm is not None and same(source, norm.output)) or same(source, mixer.source):
         anatomy.put("resid_mid", i, None, "attention and MLP are parallel in this family: both read resid_pre")
     else:
@@ -155,7 +182,7 @@ def _middle(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call | No
 
 
 def _feed_forward(anatomy: Anatomy, layer: Layer, entry: Call | None, body: nn.Module | None, exit_: Call | None,
-                  before_mlp: Call | None, routed: dict[int, dict[str, int]]) -> None:
+                  before_mlp: Call | None, routed: dict[int, dict[str, Any]]) -> None:
     i, top = layer.index, layer.top
     assert top is not None
     parallel = [c for c in layer.mlps if exit_ is not None and c.module is not exit_.module]
@@ -188,16 +215,6 @@ def _feed_forward(anatomy: Anatomy, layer: Layer, entry: Call | None, body: nn.M
 def _experts_of(module: nn.Module) -> list[nn.Module]:
     """Modules whose class went through transformers' use_experts_implementation."""
     return [m for m in module.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed") and hasattr(m, "down_proj")]
-
-
-def _handmade(layer: Layer, mixer: Call | None) -> Place | None:
-    """The attention module that writes out its own arithmetic, if watching it shows q k v, pattern and z."""
-    from interp.hooks.functions import writes_attention
-
-    if mixer is None:
-        return None
-    found = next((m for m in mixer.module.modules() if writes_attention(m)), None)
-    return Place("handmade", found) if found is not None else None
 
 
 def _scale(norm: Call | None) -> Place | None:

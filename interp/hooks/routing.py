@@ -49,20 +49,20 @@ def read_experts(anatomy: Anatomy, layer: Layer, experts: list[nn.Module], route
 
 def find_router(layer: Layer, experts: nn.Module, n_experts: int) -> Place | None:
     """The module with one weight row per expert: a plain linear is read at its output, others while they run."""
-    from interp.hooks.parts import SHARED, is_linear
+    from interp.hooks.parts import SHARED
 
-    inside = {id(m) for m in experts.modules()}
-    for name, module in layer.module.named_modules():
-        if any(SHARED.match(part) for part in name.split(".")):
-            inside.add(id(module))
-    for call in layer.calls:
-        module = call.module
-        weight = getattr(module, "weight", None)
-        if id(module) in inside or not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != n_experts:
-            continue
-        if is_linear(module) and isinstance(module, nn.Linear):
-            return Place("output", module)
-        return Place("router", module)
+    parents = [m for m in layer.module.modules() if any(child is experts for child in m.children())]
+    for home in (*parents, layer.module):
+        names = {id(m): name for name, m in home.named_modules()}
+        inside = {id(m) for m in experts.modules()}
+        for call in layer.calls:
+            module, weight = call.module, getattr(call.module, "weight", None)
+            name = names.get(id(module))
+            if name is None or id(module) in inside or any(SHARED.match(part) for part in name.split(".")):
+                continue
+            if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == n_experts:
+                plain = type(module).forward is nn.Linear.forward
+                return Place("output" if plain else "router", module)
     return None
 
 

@@ -51,6 +51,8 @@ def install(hf: nn.Module, anatomy: Anatomy, taps: dict[Site, Tap], clock: Clock
         for module, named in recomputed.items():
             for handle in undecorated.place_taps(module, named):
                 stack.callback(handle.remove)
+        if any("pattern" in named for named in handmade.values()) and not attending:
+            stack.enter_context(attention.implementation(hf, eager=True))
         if attending:
             stack.enter_context(attention.tapped(hf, attending))
         if routed:

@@ -38,6 +38,7 @@ class Clock:
         self.prompt: int | None = None
         self.given: Tensor | None = None
         self.calls = 0
+        self.cached = False
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads a forward call's arguments."""
@@ -54,6 +55,7 @@ class Clock:
         else:
             seen = int(past.get_seq_length()) if past is not None else 0
             mask = None
+        self.cached = past is not None
         before = self.columns
         fresh = seen <= 0 or before is None or before.mask.shape != (batch, seen)
         if mask is None or mask.shape[1] != max(seen, 0) + width:
@@ -76,6 +78,8 @@ class Clock:
         total = whole.shape[1]
         if n <= total:
             return whole[:, total - n :]
+        if not self.cached:
+            raise ValueError(f"an activation has {n} positions where {total} tokens have run: not one per token in this family")
         return torch.nn.functional.pad(whole, (0, n - total))  # a static cache: room for columns to come
 
 
