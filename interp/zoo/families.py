@@ -36,13 +36,13 @@ roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xm
 _DECODERS = """bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet
 trocr whisper"""
 _DRAFTER = "a drafter that reads the states of a larger Gemma 4: it cannot run by itself"
-_LISTENER = "generates sound; its decoder needs codes of sound as input"
+_COMPOSER = "generates sound: its decoder continues codes of sound, not text"
 
 UNBUILT: dict[str, str] = {
     **dict.fromkeys(_ENCODERS.split(), _ENCODER),
     **dict.fromkeys(_DECODERS.split(), _DECODER),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTER),
-    **dict.fromkeys(("musicgen", "musicgen_melody", "moshi"), _LISTENER),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), _COMPOSER),
     # of the families with decorated experts
     "diffusion_gemma": "writes text by diffusion, refining all positions of a block at once: not causal",
     "openai_privacy_filter": "labels tokens and reads in both directions: not a causal language model",
@@ -51,7 +51,6 @@ UNBUILT: dict[str, str] = {
     "switch_transformers": "an encoder-decoder (T5's kind): not a causal language model",
     # others that transformers lists as causal language models
     "blt": "reads bytes in patches that a second model cuts: its layers see patches, not tokens",
-    "cohere_compass_text": "makes embeddings of texts: it has no language-modelling head",
     "cpmant": "attends in both directions over its input: not causal",
     "git": "BERT's kind of layers over a picture and its caption: not used without a picture",
     "got_ocr2": "its language model is Qwen 2: use tiny('qwen2')",

@@ -61,6 +61,17 @@ DENSE_FAMILIES |= {
 
 # The text part of a model for images or sound, or such a model run on text.
 DENSE_FAMILIES |= {
+    "cohere_compass": Family(
+        "cohere_compass_text",
+        DENSE,
+        {  # the default has no rotary parameters and full attention only
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+                FULL: {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "emu3": Family("emu3_text_model", DENSE, cls="Emu3ForCausalLM"),
     "fuyu": Family("fuyu", DENSE, note=TEXT_ONLY),
     "gemma3": Family("gemma3_text", DENSE),
@@ -95,6 +106,7 @@ DENSE_FAMILIES |= {
         "full-attention layers have wider heads",
     ),
     "mllama": Family("mllama_text_model", DENSE, cls="MllamaForCausalLM"),
+    "moshi": Family("moshi", DENSE, note=TEXT_ONLY),
     "phi4_multimodal": Family("phi4_multimodal", DENSE, note=TEXT_ONLY),
 }
 

@@ -117,13 +117,16 @@ MOE_FAMILIES |= {
     ),
     # Divides its logits by 24, which at this width would leave them nearly constant.
     "inkling": Family(
-        "inkling_text", MOE, {"logits_mup_width_multiplier": 2.0}, "convolutions before attention and MLP"
+        "inkling_text", MOE, {"logits_mup_width_multiplier": 2.0}, "a convolution after attention and after the MLP"
     ),
     "inkling2": Family(
         "inkling2_text",
         MOE,
-        {"log_scaling_n_floor": 4},  # queries grow with their position, by default from 128 000 on
-        "convolutions before attention and MLP; a layer reads a mix of the residual stream at earlier layers",
+        {
+            "n_layers_per_attn_res_block": 2,  # the residual stream starts anew every 2 layers, by default 6
+            "log_scaling_n_floor": 4,  # queries grow with their position, by default from 128 000 on
+        },
+        "the residual stream starts anew in every block of layers, which read a mix of the blocks before",
     ),
     "minimax_m3_vl": Family(
         "minimax_m3_vl_text",
