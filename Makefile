@@ -1,6 +1,7 @@
 # make setup: the environment, once.  make demo: the tour.  make test: everything the continuous integration runs.
 PYTHON ?= python3
 WORKERS ?= 2
+PYTEST ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.interp-installed
@@ -32,7 +33,7 @@ types: setup
 
 # --dist loadfile keeps a file's tests on one worker, so session fixtures (a real model) are loaded once per worker.
 unit: setup
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST)
 
 test: lint types unit
 

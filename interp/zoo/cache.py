@@ -37,9 +37,7 @@ def cache_dir() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "interp"
     if sys.platform == "win32":
-        return (
-            Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "interp" / "cache"
-        )
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "interp" / "cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "interp"
 
 
@@ -107,8 +105,7 @@ def locked(name: str, timeout: float = 1800) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise LoadError(
-            f"the cache {root} cannot be written ({error.strerror or error}); "
-            "set INTERP_CACHE to a directory that can"
+            f"the cache {root} cannot be written ({error.strerror or error}); set INTERP_CACHE to a directory that can"
         ) from error
     try:
         yield

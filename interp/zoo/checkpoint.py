@@ -143,20 +143,15 @@ def _refuse_without_weights(path: Path, allow_pickle: bool) -> None:
     if "config.json" not in files:
         if "adapter_config.json" in files:
             raise LoadError(
-                f"{path}: an adapter, not a model; merge it into its base model first (peft: "
-                f"merge_and_unload)"
+                f"{path}: an adapter, not a model; merge it into its base model first (peft: merge_and_unload)"
             )
         if ggufs := sorted(f for f in files if f.endswith(".gguf")):
-            raise LoadError(
-                f"{path}: no config.json, but {ggufs[0]}: pass the file itself, {path / ggufs[0]}"
-            )
+            raise LoadError(f"{path}: no config.json, but {ggufs[0]}: pass the file itself, {path / ggufs[0]}")
         raise LoadError(f"{path}: no config.json; expected a directory written by save_pretrained")
     if not safe and pickles and not allow_pickle:
         raise LoadError(pickle_refusal(str(path), pickles))
     if not safe and not pickles:
-        raise LoadError(
-            f"{path}: config.json but no weights; expected model.safetensors or its numbered shards"
-        )
+        raise LoadError(f"{path}: config.json but no weights; expected model.safetensors or its numbered shards")
     if not safe and not any(f.startswith("pytorch_model") and f.endswith(".bin") for f in files):
         raise LoadError(
             f"{path}: weights in {sorted(pickles)[0]}, which transformers does not look for; rename it to "
@@ -196,13 +191,9 @@ def _checked(source: Path, opener: Any, what: str = "model") -> Any:
             return opener()
     except LoadError:
         raise
-    except (
-        Exception
-    ) as error:  # it raises OSError, KeyError, ValueError, SafetensorError, UnpicklingError, ...
+    except Exception as error:  # it raises OSError, KeyError, ValueError, SafetensorError, UnpicklingError, ...
         first = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-        raise LoadError(
-            f"{source}: the {what} cannot be opened ({type(error).__name__}: {first[:300]})"
-        ) from error
+        raise LoadError(f"{source}: the {what} cannot be opened ({type(error).__name__}: {first[:300]})") from error
 
 
 @contextmanager

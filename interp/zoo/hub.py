@@ -169,16 +169,10 @@ def _plain_words(repo: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise LoadError(f"{repo}: not a hub id ({error})") from error
     except GatedRepoError as error:
-        raise LoadError(
-            f"{repo}: gated; accept its terms at {endpoint()}/{repo} and run `hf auth login`"
-        ) from error
+        raise LoadError(f"{repo}: gated; accept its terms at {endpoint()}/{repo} and run `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise LoadError(
-            f"{repo}: no such model at {endpoint()} (or it is private: run `hf auth login`)"
-        ) from error
+        raise LoadError(f"{repo}: no such model at {endpoint()} (or it is private: run `hf auth login`)") from error
     except RevisionNotFoundError as error:
         raise LoadError(f"{repo}: has no revision {revision!r}") from error
     except Exception as error:  # the client's, its HTTP library's and its storage backend's own classes
-        raise LoadError(
-            f"{repo}: the download broke off ({error}); try again, finished files are kept"
-        ) from error
+        raise LoadError(f"{repo}: the download broke off ({error}); try again, finished files are kept") from error

