@@ -75,12 +75,14 @@ class Anatomy:
         places: (site name, layer) -> Place; unlayered sites have layer None.
         absent: (site name, layer) -> why this model has no such site.
         sizes: (site name, layer) -> {axis: size} for axes that indices pick from.
+        no_pattern: why the family's eager attention, the only one that makes a pattern, does not run; "" if it does.
         scores: layer -> (factor on q.k, soft cap or None): how attention scores are made before masks and biases.
     """
 
     hf: nn.Module
     layers: nn.ModuleList
     path: str
+    no_pattern: str = ""
     sizes: dict[tuple[str, int | None], dict[str, int]] = field(default_factory=dict)
     scores: dict[int, tuple[float, float | None]] = field(default_factory=dict)
     places: dict[tuple[str, int | None], Place] = field(default_factory=dict)
@@ -127,6 +129,7 @@ def dissect(hf: nn.Module) -> Anatomy:
     anatomy = Anatomy(hf, layers, path)
     with attention.observed(hf) as heads, experts.observed(hf) as routed:
         calls = watch(hf, layers)
+    anatomy.no_pattern = _eager_trouble(hf)
     written = [m for layer in layers for m in layer.modules() if id(m) not in heads and functions.writes_attention(m)]
     by_hand = functions.observe(hf, written, run_probe) if written else {}
     for index, layer in enumerate(layers):
@@ -134,6 +137,25 @@ def dissect(hf: nn.Module) -> Anatomy:
     parts.read_ends(anatomy, calls)
     _refuse_repeats(anatomy, calls)
     return anatomy
+
+
+def _eager_trouble(hf: nn.Module) -> str:
+    """Why patterns cannot be read: they exist in eager attention only, which must run and agree with what is set."""
+    from interp.hooks import attention
+
+    try:
+        plain = run_probe(hf)
+        with attention.observed(hf, eager=True):
+            eager = run_probe(hf)
+    except AnatomyError as error:
+        return f"this family's own eager attention fails here: {error.__cause__}"
+    if plain is None or eager is None:
+        return ""
+    gap, size = float((plain - eager).abs().max()), max(1.0, float(plain.abs().max()))
+    if gap <= size * (1e-3 if plain.dtype == torch.float32 else 0.1):
+        return ""
+    return (f"this family's eager attention gives other logits than the one in use (by {gap:.2g}), so its pattern would not be "
+            "this model's; load it with attn_implementation='eager'")
 
 
 def _refuse_repeats(anatomy: Anatomy, calls: dict[int | None, list[Call]]) -> None:
@@ -173,20 +195,21 @@ def watch(hf: nn.Module, layers: nn.ModuleList) -> dict[int | None, list[Call]]:
     return calls
 
 
-def run_probe(hf: nn.Module) -> None:
-    """A forward pass on a few tokens, in evaluation mode and without gradients."""
+def run_probe(hf: nn.Module) -> Tensor | None:
+    """A forward pass on a few tokens, in evaluation mode and without gradients; its logits."""
     weight = hf.get_input_embeddings().weight  # type: ignore[operator]
     ids = torch.arange(1, 1 + PROBE_TOKENS, device=weight.device)[None] % weight.shape[0]
     training = hf.training
     try:
         hf.eval()
         with torch.no_grad():
-            hf(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            out = hf(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:
         raise AnatomyError(f"{type(hf).__name__}: a forward pass on a few tokens failed, so its parts cannot be found: "
                            f"{type(error).__name__}: {error}") from error
     finally:
         hf.train(training)
+    return getattr(out, "logits", None)
 
 
 def first(output: Any) -> Tensor | None:

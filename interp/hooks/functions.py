@@ -175,7 +175,7 @@ def head_count(module: nn.Module) -> int:
     return 0
 
 
-def observe(hf: nn.Module, modules: list[nn.Module], run: Callable[[nn.Module], None]) -> dict[int, dict[str, Any]]:
+def observe(hf: nn.Module, modules: list[nn.Module], run: Callable[[nn.Module], Any]) -> dict[int, dict[str, Any]]:
     """Which of `modules` show the whole formula when the model runs, with their head counts and sizes."""
     notes: dict[int, dict[str, Any]] = {}
     watched = []

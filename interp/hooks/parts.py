@@ -55,7 +55,8 @@ class Layer:
         rest = self.calls[self.calls.index(call) + 1 :]
         own = {id(m) for _, m, _ in self.children}
         post = next((c for c in rest if id(c.module) in own and c is not stop and c.source is not None and
-                     same(c.source, call.output) and not same(c.output, call.output)), None)
+                     same(c.source, call.output) and not same(c.output, call.output) and
+                     not any(t.shape == c.source.shape for t in c.inputs[1:])), None)  # two streams in: that is the sum itself
         return self.after(post, stop) if post is not None else call
 
 
@@ -135,8 +136,9 @@ def _attention(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call |
         pooled = size.get("keys", PROBE_TOKENS) != PROBE_TOKENS
         for name in ("q", "k", "v", "pattern", "z"):
             n = size["kv_heads"] if name in "kv" else size["heads"]
-            place = None if pooled and name in ("k", "v") else Place(door, attention)
-            anatomy.put(name, i, place, f"layer {i} attends to pooled keys, not one per token", head=n,
+            place = None if pooled and name in ("k", "v") or name == "pattern" and anatomy.no_pattern else Place(door, attention)
+            why = anatomy.no_pattern if name == "pattern" else f"layer {i} attends to pooled keys, not one per token"
+            anatomy.put(name, i, place, why, head=n,
                         d_head=size["d_" + ("v" if name in "vz" else "q")])
         if door == "attention":
             anatomy.scores[i] = (size["scaling"] or size["d_q"] ** -0.5, size["softcap"])
