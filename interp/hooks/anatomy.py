@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+
 @dataclass(frozen=True, eq=False)
 class Place:
     """How to reach a site: by which door (`how`), at which module.
 
-    how: output | input | stream (the module's input, shared with the residual path) | scale | sigmoid | logits |
+    how: output | input | stream (the module's input, shared with the residual path) | sum | scale | sigmoid | logits |
          attention (the module calls AttentionInterface) | handmade (attention written out) | router | experts
     """
 
@@ -35,6 +36,7 @@ class Place:
     module: nn.Module
     path: str = ""
     centred: bool = False  # for scale: the norm subtracts the mean
+    other: nn.Module | None = None  # for sum: the module that runs before, whose output is added to this one's
 
 
 @dataclass(eq=False)
@@ -136,7 +138,23 @@ def dissect(hf: nn.Module) -> Anatomy:
         parts.read_layer(anatomy, index, layer, calls.get(index, []), heads, by_hand, routed)
     parts.read_ends(anatomy, calls)
     _refuse_repeats(anatomy, calls)
+    _refuse_rebuilt_streams(anatomy, calls)
     return anatomy
+
+
+def _refuse_rebuilt_streams(anatomy: Anatomy, calls: dict[int | None, list[Call]]) -> None:
+    """Where a layer does not start from what the layer before left, there is no one residual stream to speak of."""
+    tops = [next((c for c in calls.get(i, []) if c.module is layer), None) for i, layer in enumerate(anatomy.layers)]
+    for i, (top, after) in enumerate(zip(tops, tops[1:], strict=False)):
+        if top is None or after is None or top.output is None or after.source is None:
+            continue
+        if same(top.output, after.source) or torch.equal(top.output, after.source):
+            continue
+        why = f"this family rebuilds its stream between layers {i} and {i + 1}: what leaves one is not what enters the next"
+        for key in [k for k in anatomy.places if k[0] in ("resid_pre", "resid_post", "resid_mid")]:
+            del anatomy.places[key]
+            anatomy.absent[key] = why
+        return
 
 
 def _eager_trouble(hf: nn.Module) -> str:

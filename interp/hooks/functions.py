@@ -162,7 +162,7 @@ def writes_attention(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch."):
         return False
     text = "".join(inspect.getsource(f) for _, f in vars(type(module)).items() if inspect.isfunction(f))
-    return bool(re.search(r"softmax|scaled_dot_product_attention", text) and re.search(r"matmul|bmm|@|scaled_dot", text)
+    return bool(re.search(r"softmax|scaled_dot_product_attention", text, re.I) and re.search(r"matmul|bmm|@|scaled_dot", text)
                 and "ALL_ATTENTION_FUNCTIONS" not in text and re.search(r"quer|\bq\b", text))
 
 

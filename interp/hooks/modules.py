@@ -1,8 +1,9 @@
 """The first door: module boundaries, by PyTorch's forward hooks.
 
-Four ways to stand at a boundary:
+Five ways to stand at a boundary:
 
     output   what a module returns (first element of a tuple)
+    sum      what two modules return together, where the layer adds them itself
     input    what it is given
     stream   what it is given *and* what the residual path keeps: the same tensor, so it is written in place
     scale    the divisor of a norm, recomputed from its input; writing s' multiplies the output by s / s'
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.hooks.anatomy import Place
+from interp.hooks.anatomy import Place, first
 from interp.hooks.tap import Tap
 
 Handle = Any
@@ -33,6 +34,20 @@ def _at_output(place: Place, tap: Tap) -> list[Handle]:
         return _with_first(output, tap.framed)
 
     return [place.module.register_forward_hook(hook)]
+
+
+def _at_sum(place: Place, tap: Tap) -> list[Handle]:
+    before: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        before[:] = [first(output)]  # type: ignore[list-item]
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        other = before.pop()
+        return _with_first(output, lambda own: tap.framed(other + own) - other)
+
+    assert place.other is not None
+    return [place.other.register_forward_hook(keep), place.module.register_forward_hook(hook)]
 
 
 def _at_input(place: Place, tap: Tap) -> list[Handle]:
@@ -103,7 +118,7 @@ def _at_logits(place: Place, tap: Tap) -> list[Handle]:
 
 
 _WAYS: dict[str, Callable[[Place, Tap], list[Handle]]] = {
-    "output": _at_output, "input": _at_input, "stream": _at_stream, "scale": _at_scale, "sigmoid": _at_sigmoid,
+    "output": _at_output, "sum": _at_sum, "input": _at_input, "stream": _at_stream, "scale": _at_scale, "sigmoid": _at_sigmoid,
     "logits": _at_logits,
 }
 

@@ -32,10 +32,21 @@ class Layer:
         self.calls = calls
         self.by_module = {id(c.module): c for c in calls}
         self.top = self.by_module.get(id(module))
-        self.children = [(name, m, self.by_module[id(m)]) for name, m in module.named_children() if id(m) in self.by_module]
+        self.children = self._parts(module)
         self.norms = [c for _, m, c in self.children if _NORM.search(type(m).__name__)]
-        self.mixers = _heads_of_chains([c for name, m, c in self.children if _role(name, m) == "mixer"])
-        self.mlps = _heads_of_chains([c for name, m, c in self.children if _role(name, m) == "mlp"])
+        roles = [(c, role) for name, m, c in self.children if (role := _role(name, m))]
+        heads = [(c, role) for c, role in roles if not any(same(c.source, other.output) for other, _ in roles if other is not c)]
+        self.mixers = [c for c, role in heads if role == "mixer"]
+        self.mlps = [c for c, role in heads if role == "mlp"]
+
+    def _parts(self, module: nn.Module) -> list[tuple[str, nn.Module, Call]]:
+        """Children that ran. A wrapper around norms and attention (DBRX) counts as the parts it wraps."""
+        found = [(name, m, self.by_module[id(m)]) for name, m in module.named_children() if id(m) in self.by_module]
+        if any(_role(name, m) == "mixer" for name, m, _ in found):
+            return found
+        wrapped = [self._parts(m) if any(_role(n, c) == "mixer" for n, c in m.named_children()) else [(name, m, call)]
+                   for name, m, call in found]
+        return [part for parts in wrapped for part in parts]
 
     def inside(self, module: nn.Module) -> list[Call]:
         """Calls of `module`'s submodules, in order of return."""
@@ -60,11 +71,6 @@ class Layer:
         return self.after(post, stop) if post is not None else call
 
 
-def _heads_of_chains(calls: list[Call]) -> list[Call]:
-    """Without those that only go on with another one's output."""
-    return [c for c in calls if not any(same(c.source, other.output) for other in calls if other is not c)]
-
-
 def is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding) and not list(
@@ -75,7 +81,7 @@ def _role(name: str, module: nn.Module) -> str | None:
     cls = type(module).__name__
     if _NEITHER.search(cls):
         return None
-    if is_linear(module) or not list(module.modules())[1:] and not list(module.parameters(recurse=False)):
+    if is_linear(module) or (not list(module.modules())[1:] and not list(module.parameters(recurse=False))):
         return None
     for pattern, text, role in ((_MIXER_NAME, name, "mixer"), (_MLP_NAME, name, "mlp"),
                                 (_MIXER_CLASS, cls, "mixer"), (_MLP_CLASS, cls, "mlp")):
@@ -97,8 +103,10 @@ def read_layer(anatomy: Anatomy, index: int, module: nn.Module, calls: list[Call
             anatomy.put(name, index, None, "this layer was not called in a plain forward pass")
         return
     shape = layer.top.source.shape
-    one_stream = len(shape) == 3 and shape[-1] == getattr(text_config(anatomy.hf), "hidden_size", shape[-1])
-    why = f"this family carries several residual streams ({'x'.join(map(str, shape[1:]))} per batch row), not one of d_model"
+    blocks = any(t.dim() == 4 and t.shape[:2] == shape[:2] and t.shape[-1] == shape[-1] for t in layer.top.inputs[1:])
+    one_stream = not blocks and len(shape) == 3 and shape[-1] == getattr(text_config(anatomy.hf), "hidden_size", shape[-1])
+    why = ("layers also read the streams of earlier blocks" if blocks else
+           f"this family carries several residual streams ({'x'.join(map(str, shape[1:]))} per batch row), not one of d_model")
     anatomy.put("resid_pre", index, Place("input", module) if one_stream else None, why)
     anatomy.put("resid_post", index, Place("output", module) if one_stream else None, why)
     mixer = layer.mixers[0] if len(layer.mixers) == 1 else None
@@ -136,7 +144,7 @@ def _attention(anatomy: Anatomy, layer: Layer, mixer: Call | None, entry: Call |
         pooled = size.get("keys", PROBE_TOKENS) != PROBE_TOKENS
         for name in ("q", "k", "v", "pattern", "z"):
             n = size["kv_heads"] if name in "kv" else size["heads"]
-            place = None if pooled and name in ("k", "v") or name == "pattern" and anatomy.no_pattern else Place(door, attention)
+            place = None if (pooled and name in ("k", "v")) or (name == "pattern" and anatomy.no_pattern) else Place(door, attention)
             why = anatomy.no_pattern if name == "pattern" else f"layer {i} attends to pooled keys, not one per token"
             anatomy.put(name, i, place, why, head=n,
                         d_head=size["d_" + ("v" if name in "vz" else "q")])
@@ -195,7 +203,9 @@ def _feed_forward(anatomy: Anatomy, layer: Layer, entry: Call | None, body: nn.M
         last = [n for n in layer.norms if ran[id(n.module)] > max(ran[id(c.module)] for c in layer.mlps)
                 and not any(n.reads(c.output) for c in layer.mlps)]
         names = " and ".join(c.path.rpartition(".")[2] for c in layer.mlps)
-        anatomy.put("mlp_out", i, Place("output", last[-1].module) if last else None,
+        two = layer.mlps[0].module, layer.mlps[-1].module
+        summed = Place("sum", two[1], other=two[0]) if len(layer.mlps) == 2 and _alike(*layer.mlps) else None
+        anatomy.put("mlp_out", i, Place("output", last[-1].module) if last else summed,
                     f"layer {i} adds {names} inside the layer itself; read them by shared_out and expert_out")
     else:
         adds_residual = same(exit_.output, top.output)
@@ -212,6 +222,11 @@ def _feed_forward(anatomy: Anatomy, layer: Layer, entry: Call | None, body: nn.M
     from interp.hooks.routing import read_experts
 
     read_experts(anatomy, layer, experts, routed)
+
+
+def _alike(a: Call, b: Call) -> bool:
+    """Both read the same tensor and give the same shape: their outputs are added (GraniteMoeShared)."""
+    return same(a.source, b.source) and a.output is not None and b.output is not None and a.output.shape == b.output.shape
 
 
 def _experts_of(module: nn.Module) -> list[nn.Module]:

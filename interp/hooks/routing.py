@@ -42,8 +42,9 @@ def read_experts(anatomy: Anatomy, layer: Layer, experts: list[nn.Module], route
         extra = {"expert": size["expert"], "slot": size["slot"]}
         extra |= {"neuron": size["neuron"]} if name == "expert_hidden" else {}
         anatomy.put(name, i, Place("experts", module), **extra)
-    anatomy.put("router_logits", i, find_router(layer, module, size["expert"]),
-                f"the router of layer {i} was not found beside its experts", expert=size["expert"])
+    router = find_router(layer, module, size["expert"])
+    anatomy.put("router_logits", i, router, f"the router of layer {i} was not found beside its experts",
+                expert=router.module.weight.shape[0] if router else 0)  # type: ignore[union-attr]
     _shared(anatomy, layer, module)
 
 
@@ -63,6 +64,19 @@ def find_router(layer: Layer, experts: nn.Module, n_experts: int) -> Place | Non
             if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == n_experts:
                 plain = type(module).forward is nn.Linear.forward
                 return Place("output" if plain else "router", module)
+    return _wider_router(layer, experts, n_experts)
+
+
+def _wider_router(layer: Layer, experts: nn.Module, n_experts: int) -> Place | None:
+    """A router that also scores a skip or a shared expert (ZAYA, Inkling): the last linear of the module named so."""
+    for name, module in layer.module.named_modules():
+        if name.rpartition(".")[2] in ("router", "gate") and module is not experts:
+            linears = [c.module for c in (*layer.inside(module), *(c for c in layer.calls if c.module is module))
+                       if getattr(getattr(c.module, "weight", None), "ndim", 0) == 2]
+            rows = linears[-1].weight.shape[0] if linears else 0
+            if n_experts < rows <= 2 * n_experts:
+                plain = type(linears[-1]).forward is nn.Linear.forward
+                return Place("output" if plain else "router", linears[-1])
     return None
 
 

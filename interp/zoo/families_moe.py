@@ -215,7 +215,8 @@ MOE_FAMILIES |= {
         "MuseSparkForConditionalGeneration",
     ),
     "qwen3_omni_moe": Family(
-        "qwen3_omni_moe_thinker", MOE, {}, TEXT_ONLY, "Qwen3OmniMoeThinkerForConditionalGeneration"
+        # Its positions read a token id that the config class does not declare.
+        "qwen3_omni_moe_thinker", MOE, {"vision_start_token_id": 5}, TEXT_ONLY, "Qwen3OmniMoeThinkerForConditionalGeneration"
     ),
     "qwen3_vl_moe": Family("qwen3_vl_moe", MOE, {}, TEXT_ONLY, "Qwen3VLMoeForConditionalGeneration"),
     "unlimited_ocr": Family(
