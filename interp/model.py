@@ -28,6 +28,7 @@ from interp.hooks.anatomy import Anatomy, dissect, text_config
 from interp.hooks.session import install
 from interp.hooks.tap import Bound, Clock, Tap
 from interp.recorder import Recorder
+from interp.results import Generation, Intervention
 from interp.sites import KINDS, Pattern, Site, SiteError
 from interp.tokens import Text, tokenize
 
@@ -40,65 +41,11 @@ class _Reached(Exception):
 
 
 @dataclass
-class _Use:
+class Use:
     """What one open context wants of the model."""
 
     edits: list[Bound] = field(default_factory=list)
     recorder: Recorder | None = None
-
-
-class Intervention:
-    """The handle of an open ``intervene`` context."""
-
-    def __init__(self, bound: list[Bound]) -> None:
-        self._bound = bound
-
-    def trace(self, calls: bool = False) -> pd.DataFrame:
-        """The tokens that were edited: node, edit, batch, position (among real tokens), token (id, -1 if unknown).
-
-        Without `calls`, each edited token stands once, however often it was recomputed; so the trace is the same with
-        and without a cache, and whatever the padding. With `calls`, one line per forward call too.
-        """
-        import pandas as pd
-
-        rows: list[dict[str, Any]] = []
-        for bound in self._bound:
-            for call, position, mask, ids in bound.touched:
-                for batch, column in mask.nonzero().tolist():
-                    token = -1 if ids is None else int(ids[batch, column])
-                    rows.append({"node": str(bound.site), "edit": bound.edit.name, "call": call, "batch": batch,
-                                 "position": int(position[batch, column]), "token": token})
-        frame = pd.DataFrame(rows, columns=["node", "edit", "call", "batch", "position", "token"])
-        return frame if calls else frame.drop(columns="call").drop_duplicates(ignore_index=True)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What ``Model.generate`` made.
-
-    Attributes:
-        texts: the continuations, without the prompt (token ids as text where there is no tokenizer).
-        tokens: prompt and continuation [batch, pos], padded on the left.
-        prompt: how many columns are prompt.
-        acts: the captured sites over all columns but the last new one, which is never fed back.
-    """
-
-    texts: list[str]
-    tokens: Tokens
-    prompt: int
-    acts: Activations | None = None
-
-    @property
-    def text(self) -> str:
-        return self.texts[0]
-
-    @property
-    def new_ids(self) -> Tensor:
-        """Generated ids [batch, new]."""
-        return self.tokens.ids[:, self.prompt :]
-
-    def __str__(self) -> str:
-        return self.text if len(self.texts) == 1 else "\n---\n".join(self.texts)
 
 
 class Model:
@@ -114,11 +61,12 @@ class Model:
         self.hf: Any = hf
         self.tokenizer = tokenizer
         self.config = text_config(hf)
+        self.card: dict[str, Any] = {}  # where it came from, filled in by interp.load
         self.name = name or getattr(hf, "name_or_path", "") or type(hf).__name__
-        self._clock = Clock()
-        self._uses: list[_Use] = []
+        self.clock = Clock()
+        self.uses: list[Use] = []
         self._open: ExitStack | None = None
-        self._fragile: set[Site] = set()
+        self.fragile: set[Site] = set()
 
     # -- what it is --------------------------------------------------------------------------------------------
     @cached_property
@@ -309,12 +257,12 @@ class Model:
 
         Under an open ``intervene`` context, what is read is what the model goes on with after the edits.
         """
-        wanted = self._with_routing(self.resolve(sites))
+        wanted = self.with_routing(self.resolve(sites))
         tokens = self.tokens(x)
         out = None
         while True:
-            recorder = Recorder(wanted, self._fragile, grad=grad, check=check)
-            with self._using(_Use(recorder=recorder)), self._stopping(wanted, logits), torch.set_grad_enabled(grad):
+            recorder = Recorder(wanted, self.fragile, grad=grad, check=check)
+            with self.using(Use(recorder=recorder)), self._stopping(wanted, logits), torch.set_grad_enabled(grad):
                 with self._rooted(grad):
                     try:
                         out = self._forward(tokens)
@@ -323,17 +271,17 @@ class Model:
             overwritten = recorder.overwritten()
             if not overwritten:
                 break
-            self._fragile |= overwritten
-        acts = recorder.activations(tokens, **self._about())
+            self.fragile |= overwritten
+        acts = recorder.activations(tokens, **self.about())
         if logits and out is not None:
             acts.logits = out.logits
         return acts
 
-    def _about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
         return {"model": self.name, "n_experts": self.n_experts, "rotary": self.rotary}
 
     @staticmethod
-    def _with_routing(sites: list[Site]) -> list[Site]:
+    def with_routing(sites: list[Site]) -> list[Site]:
         """Adds the chosen experts and their weights wherever something routed is read."""
         routing = [Site(n, s.layer) for s in sites if s.kind.routed for n in ("expert_ids", "expert_weight")]
         return list(dict.fromkeys([*sites, *routing]))
@@ -386,7 +334,7 @@ class Model:
         which tokens were edited.
         """
         bound = [Bound(self._bind(edit), site) for edit in self._flat_edits(edits) for site in self.resolve(edit.site)]
-        with self._using(_Use(edits=bound)):
+        with self.using(Use(edits=bound)):
             yield Intervention(bound)
 
     def _bind(self, edit: Edit) -> Edit:
@@ -407,18 +355,18 @@ class Model:
     @contextmanager
     def recording(self, sites: str | Site | Iterable[str | Site], *, check: bool = True) -> Iterator[Recorder]:
         """Records `sites` in whatever runs inside: ``rec.activations()`` holds the last sequence, generation included."""
-        recorder = Recorder(self._with_routing(self.resolve(sites)), self._fragile, check=check)
-        with self._using(_Use(recorder=recorder)):
+        recorder = Recorder(self.with_routing(self.resolve(sites)), self.fragile, check=check)
+        with self.using(Use(recorder=recorder)):
             yield recorder
 
     @contextmanager
-    def _using(self, use: _Use) -> Iterator[None]:
-        self._uses.append(use)
+    def using(self, use: Use) -> Iterator[None]:
+        self.uses.append(use)
         try:
             self._reinstall()
             yield
         finally:
-            self._uses.remove(use)
+            self.uses.remove(use)
             self._reinstall()
 
     def _reinstall(self) -> None:
@@ -426,18 +374,18 @@ class Model:
         if self._open is not None:
             self._open.close()
             self._open = None
-        if not self._uses:
-            self._clock.columns = None
+        if not self.uses:
+            self.clock.columns = None
             return
         taps: dict[Site, Tap] = {}
-        for use in self._uses:
+        for use in self.uses:
             for bound in use.edits:
-                taps.setdefault(bound.site.base, Tap(bound.site.base, self._clock)).edits.append(bound)
+                taps.setdefault(bound.site.base, Tap(bound.site.base, self.clock)).edits.append(bound)
             for site in use.recorder.wanted if use.recorder else ():
                 assert use.recorder is not None
-                taps.setdefault(site, Tap(site, self._clock)).readers.append(use.recorder)
+                taps.setdefault(site, Tap(site, self.clock)).readers.append(use.recorder)
         stack = ExitStack()
-        stack.enter_context(install(self.hf, self.anatomy, taps, self._clock))
+        stack.enter_context(install(self.hf, self.anatomy, taps, self.clock))
         self._open = stack
 
     # -- generating --------------------------------------------------------------------------------------------
@@ -448,37 +396,9 @@ class Model:
         Edits of open contexts act on the tokens of their scope, the same with and without ``use_cache``. Beam search
         reorders rows between calls and is refused while a context is open.
         """
-        if kwargs.get("num_beams", 1) != 1 and (self._uses or capture is not None):
-            raise ValueError(f"generate: num_beams={kwargs['num_beams']} reorders the batch between calls, so scopes would "
-                             "follow the wrong rows; use greedy decoding or sampling inside a context")
-        given = self.tokens(x)
-        if num_return_sequences > 1:
-            given = Tokens(given.ids.repeat_interleave(num_return_sequences, 0), given.mask.repeat_interleave(num_return_sequences, 0))
-        left = given.padded("left")
-        kwargs.setdefault("do_sample", False)
-        if kwargs.get("pad_token_id") is None:
-            ids = (getattr(self.tokenizer, "pad_token_id", None), getattr(self.tokenizer, "eos_token_id", None),
-                   getattr(self.hf.generation_config, "eos_token_id", None), 0)
-            kwargs["pad_token_id"] = next(i[0] if isinstance(i, list) else i for i in ids if i is not None)
-        recorder = Recorder(self._with_routing(self.resolve(capture)), self._fragile) if capture is not None else None
-        self._clock.prompt, self._clock.given = left.ids.shape[1], given.mask
-        try:
-            with ExitStack() as stack:
-                if recorder is not None:
-                    stack.enter_context(self._using(_Use(recorder=recorder)))
-                with torch.no_grad():
-                    ids = self.hf.generate(input_ids=left.ids, attention_mask=left.mask.long(), max_new_tokens=max_new_tokens, **kwargs)
-        finally:
-            self._clock.prompt = self._clock.given = None
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        mask[:, : left.ids.shape[1]] = left.mask
-        new = ids[:, left.ids.shape[1] :]
-        texts = ([str(row.tolist()) for row in new] if self.tokenizer is None else
-                 self.tokenizer.batch_decode(new, skip_special_tokens=True))
-        acts = None
-        if recorder is not None:
-            acts = recorder.activations(Tokens(ids[:, :-1], mask[:, :-1]), **self._about())
-        return Generation(texts, Tokens(ids, mask, given.texts), left.ids.shape[1], acts)
+        from interp.generation import generate
+
+        return generate(self, x, max_new_tokens, capture, num_return_sequences, kwargs)
 
     # -- experts -----------------------------------------------------------------------------------------------
     def expert_output(self, layer: int, expert: int, hidden: Tensor) -> Tensor:
