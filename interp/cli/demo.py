@@ -61,11 +61,12 @@ def _show(tour: Tour) -> None:
         console.print(f"[bold]{escape(model['name'])}[/]: {escape(str(model.get('weights', 'trained')))}")
     console.print(_layers(tour.residual, tour.attention, dense["name"]))
     console.print(_experts(tour.load, moe["name"]))
+    if moe.get("weights") == "random":
+        console.print("Its weights are random: this shows the mechanics, and no expert that learned a subject.\n")
     for dataset in tour.datasets:
         about = summary(dataset)
-        size = f"{about['bytes'] / 2**20:.1f} MiB"
-        kept = f"{about['tokens']} tokens at {len(about['sites'])} sites, {size}: {about['directory']}"
-        console.print(kept, highlight=False, soft_wrap=True)
+        kept = f"{about['tokens']} tokens x {len(about['sites'])} sites, {about['bytes'] / 2**20:.1f} MiB"
+        console.print(f"dataset: {about['directory']} ({kept})", highlight=False, soft_wrap=True)
     console.print(f"figure: {tour.figure}", highlight=False, soft_wrap=True)
     console.print(f"{tour.seconds:.0f} s", highlight=False)
 

@@ -8,6 +8,7 @@ do.
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -54,6 +55,9 @@ def unreachable(repo: str) -> str | None:
         except urllib.error.HTTPError:  # any answer, even a 404, means that the hub is there
             reason.clear()
         except (OSError, ValueError) as error:
+            if isinstance(getattr(error, "reason", error), ssl.SSLError):
+                reason.clear()  # there, behind certificates that the hub's client may know and Python does not
+                return
             reason[:] = [f"no answer from {endpoint()} ({getattr(error, 'reason', error)})"]
 
     # in a thread, because the look-up of a name has no time limit of its own

@@ -254,8 +254,7 @@ def test_real_weights_know_the_capital_of_france(smollm2):
 
 
 @pytest.mark.smollm2
-def test_real_entry_is_whole_and_says_its_source(smollm2, monkeypatch):
-    monkeypatch.delenv("INTERP_CACHE", raising=False)
+def test_real_entry_is_whole_and_says_its_source(smollm2):
     card = json.loads((Path(smollm2.card["path"]) / cache.CARD).read_text())
     assert card["source"] in ("hub", "wheel")
     assert smollm2.card["origin"] == card["source"]
