@@ -338,8 +338,8 @@ class Model:
             yield Intervention(bound)
 
     def _bind(self, edit: Edit) -> Edit:
-        encode = None if self.tokenizer is None else lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return edit.within(edit.scope.bind(encode))
+        decode = None if self.tokenizer is None else lambda ids: self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return edit.within(edit.scope.bind(decode))
 
     def _flat_edits(self, edits: Iterable[Any]) -> Iterator[Edit]:
         for edit in edits:

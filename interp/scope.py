@@ -14,9 +14,9 @@ The language, as texts or as calls::
 from __future__ import annotations
 
 import ast
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Scope:
 
     text: str
     rule: Select
-    needs: str | None = None  # a text that must be turned into token ids before the rule can run
+    needs: str | None = None  # a text that only a tokenizer can find
 
     def __call__(self, columns: Columns) -> Tensor:
         """True at the picked tokens [batch, column]."""
@@ -94,6 +94,8 @@ class Scope:
     @staticmethod
     def window(start: int, stop: int | None = None) -> Scope:
         """Token positions start <= p < stop, counted without padding; negative ones count from the prompt's end."""
+        if not isinstance(start, int) or not isinstance(stop, int | None):
+            raise TypeError(f"Scope.window({start!r}, {stop!r}): expected whole numbers, or None for an open end")
 
         def rule(c: Columns) -> Tensor:
             low = start if start >= 0 else c.prompt_tokens + start
@@ -124,10 +126,18 @@ class Scope:
 
     @staticmethod
     def after(what: str | int | list[int]) -> Scope:
-        """Tokens behind the first occurrence of a token (id), of a sequence of ids, or of a text."""
+        """Tokens behind the first occurrence of a token (id), of a sequence of ids, or of a text.
+
+        A text is looked for in the decoded tokens, however it was cut: ``after('cat')`` starts behind the token that
+        completes it, be that " cat", "cat" or "cats".
+        """
         if isinstance(what, str):
+            if not what:
+                raise ValueError("Scope.after: the text is empty")
             return Scope(f"after({what!r})", _unbound, needs=what)
-        wanted = [what] if isinstance(what, int) else list(what)
+        wanted = [what] if isinstance(what, int) else what
+        if not isinstance(wanted, list | tuple) or not all(isinstance(i, int) for i in wanted):
+            raise TypeError(f"Scope.after({what!r}): expected a text, a token id or a list of token ids")
         if not wanted:
             raise ValueError("Scope.after: the sequence of token ids is empty")
 
@@ -148,38 +158,33 @@ class Scope:
     # -- the grammar around them -------------------------------------------------------------------------------
     @staticmethod
     def parse(value: str | Scope | Tensor | None) -> Scope:
-        """A scope from a text such as ``"window(-3, None)"``, from a bool mask, or as it is; None means all."""
+        """A scope from a text such as ``"window(-3, None) & ~last"``, from a bool mask, or as it is; None means all."""
         if value is None:
             return Scope.all()
         if isinstance(value, Scope):
             return value
         if isinstance(value, Tensor):
             return Scope.mask(value)
-        words: dict[str, Callable[..., Scope]] = {
-            "all": Scope.all, "prompt": Scope.prompt, "generated": Scope.generated, "last": Scope.last,
-            "window": Scope.window, "after": Scope.after,
-        }
-        name, _, rest = value.strip().partition("(")
+        if not isinstance(value, str):
+            raise TypeError(f"scope {value!r}: expected a text such as 'last', a bool mask or a Scope, not "
+                            f"{type(value).__name__}")
         try:
-            arguments: tuple[Any, ...] = ast.literal_eval(f"({rest[:-1]},)") if rest else ()
-            return words[name](*arguments)
+            return _read(ast.parse(value.strip(), mode="eval").body)
         except (KeyError, SyntaxError, ValueError, TypeError):
             raise ValueError(f"scope {value!r}: expected one of 'all', 'prompt', 'generated', 'last', 'window(a, b)', "
-                             "'after(text or id)', a bool mask [batch, pos], or a Scope") from None
+                             "'after(text or id)', these joined by &, | and ~, a bool mask [batch, pos], or a "
+                             "Scope") from None
 
-    def bind(self, encode: Callable[[str], list[int]] | None) -> Scope:
-        """The same scope with its text turned into token ids by `encode`."""
+    def bind(self, decode: Callable[[list[int]], str] | None) -> Scope:
+        """The same scope, its text looked for in what `decode` makes of the tokens."""
         if self.needs is None:
             return self
-        if encode is None:
+        if decode is None:
             raise ValueError(f"scope {self.text}: this model has no tokenizer; give token ids instead of text")
-        ids = encode(self.needs)
-        if not ids:
-            raise ValueError(f"scope {self.text}: the tokenizer makes no token of {self.needs!r}")
-        return Scope(self.text, Scope.after(ids).rule)
+        return Scope(self.text, _behind(self.needs, decode))
 
     def __and__(self, other: Scope) -> Scope:
-        return _join(f"{self.text} & {other.text}", lambda a, b: a & b, self, other)
+        return _join(f"({self.text} & {other.text})", lambda a, b: a & b, self, other)
 
     def __or__(self, other: Scope) -> Scope:
         return _join(f"({self.text} | {other.text})", lambda a, b: a | b, self, other)
@@ -192,6 +197,43 @@ class Scope:
 
     def __repr__(self) -> str:
         return f"Scope({self.text!r})"
+
+
+def _read(node: ast.expr) -> Scope:
+    """The scope that a parsed text means. Python's own grammar serves: names, calls with literals, ``& | ~``."""
+    words: dict[str, Callable[..., Scope]] = {
+        "all": Scope.all, "prompt": Scope.prompt, "generated": Scope.generated, "last": Scope.last,
+        "window": Scope.window, "after": Scope.after,
+    }
+    match node:
+        case ast.Name(id=word):
+            return words[word]()
+        case ast.Call(func=ast.Name(id=word), args=arguments, keywords=[]):
+            return words[word](*(ast.literal_eval(a) for a in arguments))
+        case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
+            return _read(left) & _read(right)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _read(left) | _read(right)
+        case ast.UnaryOp(op=ast.Invert(), operand=operand):
+            return ~_read(operand)
+    raise ValueError(f"{ast.unparse(node)} is no scope")
+
+
+def _behind(text: str, decode: Callable[[list[int]], str]) -> Select:
+    """Picks the tokens behind the shortest beginning of each row whose decoding holds `text`."""
+
+    def length(tokens: list[int]) -> int:  # what is found stays found, so the shortest beginning can be halved for
+        return bisect_left(range(len(tokens) + 1), True, key=lambda n: text in decode(tokens[:n]))
+
+    def rule(c: Columns) -> Tensor:
+        if c.ids is None:
+            raise ValueError(f"Scope.after({text!r}) looks for a text, but the model was fed embeddings, not ids")
+        picked = torch.zeros_like(c.mask)
+        for row, (ids, mask) in enumerate(zip(c.ids, c.mask, strict=True)):
+            picked[row, mask.nonzero()[length(ids[mask].tolist()) :, 0]] = True
+        return picked
+
+    return rule
 
 
 def _unbound(columns: Columns) -> Tensor:
@@ -208,8 +250,8 @@ class _Joined(Scope):
     def __call__(self, columns: Columns) -> Tensor:
         return self.join(*(part(columns) for part in self.parts)) & columns.mask
 
-    def bind(self, encode: Callable[[str], list[int]] | None) -> Scope:
-        return _Joined(self.text, self.rule, None, self.join, tuple(part.bind(encode) for part in self.parts))
+    def bind(self, decode: Callable[[list[int]], str] | None) -> Scope:
+        return _Joined(self.text, self.rule, None, self.join, tuple(part.bind(decode) for part in self.parts))
 
 
 def _join(text: str, join: Callable[..., Tensor], *parts: Scope) -> Scope:
