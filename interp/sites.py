@@ -234,7 +234,12 @@ def _parse(text: str, rotary: bool | None) -> Pattern:
         if not parts or "=" in parts[0]:
             raise SiteError(f"{text!r}: {kind.name} lives in layers; write {kind.name}[5] or {kind.name}[*]")
         layers = _layers(parts.pop(0), text)
-    return Pattern(kind.name, layers, tuple(_index(p, kind, text) for p in parts), text)
+    index = tuple(_index(p, kind, text) for p in parts)
+    for i, (key, _) in enumerate(index):
+        rival = next((k for k, _ in index[:i] if kind.index[k] == kind.index[key]), None)
+        if rival is not None:
+            raise SiteError(f"{text!r}: {rival}= and {key}= both pick from the axis {kind.index[key]!r}; give one of them")
+    return Pattern(kind.name, layers, index, text)
 
 
 def _parse_tl(text: str, rotary: bool | None) -> Pattern:
@@ -259,6 +264,8 @@ def _layers(part: str, text: str) -> int | slice:
         return int(match["one"])
     if match["all"]:
         return slice(None)
+    if match["c"] and not int(match["c"]):
+        raise SiteError(f"{text!r}: the step of a slice must not be 0")
     return slice(*(int(match[g]) if match[g] else None for g in "abc"))
 
 
