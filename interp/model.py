@@ -268,6 +268,10 @@ class Model:
                         out = self._forward(tokens)
                     except _Reached:
                         pass
+            if missed := recorder.missed():
+                raise RuntimeError(f"{missed[0]}: the model ran without passing this site ({len(missed)} of {len(wanted)} sites "
+                                   "were missed). Was the layer skipped, or its attention or experts implementation "
+                                   "changed meanwhile, by a model that shares its config object?")
             overwritten = recorder.overwritten()
             if not overwritten:
                 break

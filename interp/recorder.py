@@ -57,6 +57,10 @@ class Recorder:
                 warn_not_finite(wanted, part)
         return twin
 
+    def missed(self) -> list[Site]:
+        """Sites that the run never reached: somebody else's change stood in the way, or the layer was skipped."""
+        return [site for group in self.wanted.values() for site in group if not self.kept.get(site)]
+
     def overwritten(self) -> set[Site]:
         """Whole sites whose tensor has been written into since it was read."""
         found = {site for site, tensor, version in self._watch if tensor._version != version}

@@ -113,13 +113,16 @@ def family(name: str) -> dict[str, Any]:
         return row | {"failed": f"{type(error).__name__}: {error}"}
     places = {n for n, _ in m.anatomy.places}
     missing = [n for n in WHOLE["dense" if kind == "dense" else "moe"] if n not in places]
-    reasons = {why for n in missing for (site, _), why in m.anatomy.absent.items() if site == n}
+    reasons = sorted(
+        {why for n in missing for (site, _), why in m.anatomy.absent.items() if site == n},
+        key=lambda why: ("is dense" in why, why),  # a dense layer among routed ones says nothing about the family
+    )
     failed = sorted({f"{f.check} ({f.note})" for f in findings if not f.ok})
     return row | {
         "whole": not failed and not missing,
         "logit_error": max(f.error for f in findings if f.check == "logits"),
         "failed": "; ".join(failed),
-        "refused": f"{', '.join(missing)}: {sorted(reasons)[0]}" if missing else "",
+        "refused": f"{', '.join(missing)}: {reasons[0]}" if missing else "",
     }
 
 

@@ -30,8 +30,8 @@ Result = tuple[bool, float, str]
 
 def close(name: str, a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> Result:
     """Largest absolute difference, against a tolerance that grows with the size of what is compared."""
-    error = float((a.float() - b.float()).abs().max()) if a.numel() else 0.0
-    return error <= tolerance * max(1.0, float(b.float().abs().max())), error, name
+    error = float((a.detach().float() - b.detach().float()).abs().max()) if a.numel() else 0.0
+    return error <= tolerance * max(1.0, float(b.detach().float().abs().max())), error, name
 
 
 class Bench:

@@ -79,6 +79,8 @@ def stream(b: Bench) -> Iterator[Result]:
                     f"resid_mid = a norm(resid_pre) + b attn_out + c [{layer}]", fit(mid, normed, attn), mid, 1e-4
                 )
             yield result
+            alone = close("", fit(mid, pre), mid, 1e-4)[0]
+            yield not alone, float(alone), f"attn_out takes part in resid_mid [{layer}]"
 
 
 def experts(b: Bench) -> Iterator[Result]:

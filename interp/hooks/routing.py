@@ -30,7 +30,8 @@ def read_experts(anatomy: Anatomy, layer: Layer, experts: list[nn.Module], route
         _shared(anatomy, layer, adapter)
         return
     if len(called) != 1:
-        why = (f"layer {i} is dense: it has no experts" if not experts and not undecorated.looks_routed(layer.module) else
+        why = undecorated.refusal(layer.module) or (
+               f"layer {i} is dense: it has no experts" if not experts and not undecorated.looks_routed(layer.module) else
                f"layer {i} computes its experts in {type(experts[0]).__name__ if experts else 'its own way'}, which does not go "
                "through transformers' experts interface" if not called else f"layer {i} has {len(called)} sets of experts")
         for name in (*ROUTED, "shared_out", "shared_weight"):

@@ -104,7 +104,7 @@ class Bound:
         columns = clock.columns
         assert columns is not None
         n = h.shape[kind.pos_axis]
-        mask = clock.cut(self.scope(clock), n)
+        mask = clock.cut(self.scope(clock), n).to(h.device)
         if not bool(mask.any()):
             return h
         expert = index.pop("expert", None) if kind.routed else None
@@ -115,7 +115,8 @@ class Bound:
             part = part.select(axis, value)
             axes.pop(axis)
         pos_axis = next(i for i, a in enumerate(axes) if a in ("pos", "query"))
-        where = Where(str(self.site), clock.cut(columns.position, n), mask, pos_axis)
+        position = clock.cut(columns.position, n).to(h.device)
+        where = Where(str(self.site), position, mask, pos_axis)
         new = self.edit.map(part, where)
         if new.shape != part.shape or new.dtype != part.dtype or new.device != part.device:
             raise EditError(f"{self.site}: the edit gave {list(new.shape)} {new.dtype} on {new.device}; the site holds "
@@ -128,8 +129,8 @@ class Bound:
             hit = ids == expert
             keep = keep & hit.reshape(*hit.shape, *[1] * (part.dim() - 3))
             mask = mask & hit.any(-1)
-        self.touched.append((clock.calls, clock.cut(columns.position, n), mask,
-                             None if columns.ids is None else clock.cut(columns.ids, n)))
+        ids_here = None if columns.ids is None else clock.cut(columns.ids, n)
+        self.touched.append((clock.calls, position, mask, ids_here))
         if not bool(keep.all()):
             new = torch.where(keep, new, part)
         if not index:

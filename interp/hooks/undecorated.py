@@ -61,11 +61,19 @@ _CALLED = {
         lambda m, e, h: linear(h, m.down_proj[e]), lambda m, e: [m.down_proj[e]]),
 }
 _JETMOE = "JetMoeMoE"
+#: MoE blocks that cannot be shown as weight x output, and why.
+REFUSED = {"Llama4TextMoe": "Llama 4 multiplies an expert's input by its weight, so no weight x output exists; edit the block's "
+                            "mlp_out or shared_out instead"}
 
 
 def find(layer: nn.Module) -> nn.Module | None:
     """The experts module of this layer that an adapter knows."""
     return next((m for m in layer.modules() if type(m).__name__ in _CALLED or type(m).__name__ == _JETMOE), None)
+
+
+def refusal(layer: nn.Module) -> str:
+    """Why the experts of this layer cannot be shown, where that is known."""
+    return next((REFUSED[type(m).__name__] for m in layer.modules() if type(m).__name__ in REFUSED), "")
 
 
 def looks_routed(layer: nn.Module) -> bool:
