@@ -18,6 +18,7 @@ holds here holds for them:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as _replace
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from interp.scope import Scope
+from interp.sites import KINDS, Pattern
 
 
 class EditError(ValueError):
@@ -97,8 +99,9 @@ class Edit:
 class Affine:
     """``h -> A h + b`` on the last axis.
 
-    `A` is None (identity), a number or vector (scales), a matrix [out, in], or is given as ``I - U Uᵀ`` by `remove` [k, d]
-    with orthonormal rows. All linear interventions of the literature are cases of it.
+    `A` is None (identity), a number or vector (scales), a matrix [out, in], or is given as ``I - U Uᵀ`` by `remove`
+    [k, d] with orthonormal rows. `b` is a number, a vector, or one vector per token (see `Replace`). All linear
+    interventions of the literature are cases of it.
     """
 
     A: Tensor | float | None = None
@@ -113,7 +116,9 @@ class Affine:
         if isinstance(self.A, Tensor) and self.A.dim() == 2:
             a = _fit(self.A, h, where, matrix=True)
             if a.shape[0] != h.shape[-1]:
-                raise EditError(f"{where.site}: the matrix A is {list(a.shape)}; it must be square, of size {h.shape[-1]}")
+                raise EditError(
+                    f"{where.site}: the matrix A is {list(a.shape)}; it must be square, of size {h.shape[-1]}"
+                )
             out = out @ a.T
         elif isinstance(self.A, Tensor):
             out = out * _fit(self.A, h, where)
@@ -139,32 +144,35 @@ class Replace:
     def __call__(self, h: Tensor, where: Where) -> Tensor:
         if not isinstance(self.value, Tensor):
             return torch.full_like(h, self.value)
-        if self.value.dim() != h.dim() or h.dim() < 2:
-            return _fit(self.value, h, where).expand_as(h)
-        value, axis = self.value, where.pos_axis
-        if value.dtype != h.dtype or value.device != h.device:
-            raise EditError(f"{where.site}: the value is {value.dtype} on {value.device}, the model computes {h.dtype} on "
-                            f"{h.device}; convert it with .to({str(h.device)!r}, {h.dtype})")
-        rest = [i for i in range(h.dim()) if i not in (0, axis)]
-        if value.shape[0] not in (1, h.shape[0]) or any(value.shape[i] != h.shape[i] for i in rest):
-            raise EditError(f"{where.site}: a value per token must be {list(h.shape)} here, got {list(value.shape)}")
-        place = where.position.masked_fill(~where.mask, 0)
-        reach = int(place.max())
-        if reach >= value.shape[axis]:
-            raise EditError(f"{where.site}: there are values for {value.shape[axis]} tokens, and the edit reaches token "
-                            f"{reach}; limit it with scope='prompt'")
-        value = value.expand(h.shape[0], *value.shape[1:])
-        column = torch.arange(place.shape[1], device=place.device)
-        if value.shape == h.shape and bool(((place == column) | ~where.mask).all()):
+        return _fit(self.value, h, where).expand_as(h)
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """``h -> what acts hold at this very site``, token by token; one map serves a pattern of many sites."""
+
+    acts: Mapping[Any, Tensor]
+
+    def __call__(self, h: Tensor, where: Where) -> Tensor:
+        return Replace(self.value(where.site, where.pos_axis))(h, where)
+
+    def value(self, site: str, pos_axis: int) -> Tensor:
+        """The activation with entry 0 at each row's first real token."""
+        value, mask = self.acts[site], getattr(self.acts, "mask", None)
+        if mask is None or bool(mask[:, 0].all()):
             return value
-        view = [1] * h.dim()
-        view[0], view[axis] = place.shape
-        return value.gather(axis, place.view(view).expand_as(h))
+        if pos_axis != 1:
+            raise EditError(
+                f"freeze at {site}: these activations are padded on the left, so their keys have other "
+                "columns; capture them padded on the right"
+            )
+        order = mask.long().argsort(dim=1, descending=True, stable=True)
+        return value.gather(1, order.view(*order.shape, *[1] * (value.dim() - 2)).expand_as(value))
 
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """``h -> h + std * normal``, a draw that belongs to (seed, row, position): the same with a cache, or in another batch."""
+    """``h -> h + std * normal``. A draw belongs to (seed, site, row, position): a cache or a batch changes nothing."""
 
     std: float
     seed: int = 0
@@ -173,30 +181,82 @@ class Noise:
     def __call__(self, h: Tensor, where: Where) -> Tensor:
         if where.pos_axis != 1:
             raise EditError(f"{where.site}: noise is defined for sites with axes [batch, pos, ...]")
-        width = h[0, 0].numel()
+        width, rows = h[0, 0].numel(), []
         blocks = int(where.position.max()) // self.block + 1
-        rows = []
         for row in range(h.shape[0]):
-            draws = [torch.randn(self.block, width, generator=torch.Generator().manual_seed(
-                (self.seed * 1_000_003 + row) * 65_537 + b)) for b in range(blocks)]
+            draws = [
+                torch.randn(self.block, width, generator=self._generator(where.site, row, b)) for b in range(blocks)
+            ]
             rows.append(torch.cat(draws)[where.position[row].cpu()])
         return h + self.std * torch.stack(rows).view(h.shape).to(h)
 
+    def _generator(self, site: str, row: int, block: int) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed} {site} {row} {block}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
 
 def _fit(value: Tensor, h: Tensor, where: Where, matrix: bool = False) -> Tensor:
-    """`value` on h's device, checked against its last axes; dtype follows h, as the model's arithmetic would."""
-    if not value.is_floating_point():
+    """`value` checked against `h`, laid out so that it broadcasts over it.
+
+    A value for all tokens (a number, or the axes behind the position) follows h's device and dtype, as the model's
+    arithmetic would. A value per token must have them, and is brought to the tokens' columns.
+    """
+    if not value.is_floating_point() and h.is_floating_point():
         raise EditError(f"{where.site}: the edit's tensor is {value.dtype}; give floating point")
-    ok = value.shape[-1:] == h.shape[-1:] or (not matrix and value.numel() == 1)
-    if ok and not matrix and value.dim() > 1:
+    if not matrix and value.dim() == h.dim() > 1 and value.numel() > 1:
+        return _per_token(value, h, where)
+    behind = h.shape[where.pos_axis + 1 :]
+    ok = value.shape[-1:] == h.shape[-1:] if matrix else value.numel() == 1 or value.dim() <= len(behind)
+    if ok and not matrix and value.numel() > 1:
         try:
-            ok = torch.broadcast_shapes(value.shape, h.shape) == h.shape
+            ok = torch.broadcast_shapes(value.shape, behind) == behind
         except RuntimeError:
             ok = False
     if not ok:
-        raise EditError(f"{where.site}: the edit's tensor is {list(value.shape)}, and the activation is {list(h.shape)}; "
-                        f"its last axis must be {h.shape[-1]}")
-    return value.to(device=h.device, dtype=h.dtype)
+        raise EditError(
+            f"{where.site}: the edit's tensor is {list(value.shape)}, and the activation is {list(h.shape)}; "
+            + (
+                f"its last axis must be {h.shape[-1]}"
+                if matrix
+                else f"give {list(behind)} for all tokens alike, or {list(h.shape)} for one value per token"
+            )
+        )
+    if value.is_meta:
+        raise EditError(f"{where.site}: the edit's tensor is on the meta device, which holds no values")
+    value = value.to(device=h.device, dtype=h.dtype)
+    return value.reshape(()) if value.numel() == 1 else value
+
+
+def _per_token(value: Tensor, h: Tensor, where: Where) -> Tensor:
+    """One value per token, by token position, brought to the columns in which those tokens stand."""
+    axis = where.pos_axis
+    if value.dtype != h.dtype or value.device != h.device:
+        raise EditError(
+            f"{where.site}: the value is {value.dtype} on {value.device}, the model computes {h.dtype} on "
+            f"{h.device}; convert it with .to({str(h.device)!r}, {h.dtype})"
+        )
+    rest = [i for i in range(h.dim()) if i not in (0, axis)]
+    if value.shape[0] not in (1, h.shape[0]) or any(value.shape[i] != h.shape[i] for i in rest):
+        raise EditError(f"{where.site}: a value per token must be {list(h.shape)} here, got {list(value.shape)}")
+    place = where.position.masked_fill(~where.mask, 0)
+    reach = int(place.max())
+    if reach >= value.shape[axis]:
+        raise EditError(
+            f"{where.site}: there are values for {value.shape[axis]} tokens, and the edit reaches token "
+            f"{reach}; limit it with scope='prompt'"
+        )
+    value = value.expand(h.shape[0], *value.shape[1:])
+    column = torch.arange(place.shape[1], device=place.device)
+    if value.shape == h.shape and bool(((place == column) | ~where.mask).all()):
+        return value
+    if axis != 1:
+        raise EditError(
+            f"{where.site}: the batch is padded on the left, so its keys have other columns than the value's; "
+            "pad it on the right"
+        )
+    view = [1] * h.dim()
+    view[0], view[axis] = place.shape
+    return value.gather(axis, place.view(view).expand_as(h))
 
 
 # -- the words -------------------------------------------------------------------------------------------------
@@ -231,11 +291,13 @@ def replace(site: Any, value: Tensor | float, **how: Any) -> Edit:
 
 def project_out(site: Any, direction: Tensor, **how: Any) -> Edit:
     """Remove a direction [d] or the span of several [k, d]: ``h -> h - U Uᵀ h`` (directional ablation)."""
-    rows = torch.atleast_2d(direction)
-    if not bool(torch.isfinite(rows).all()) or bool((rows.norm(dim=-1) == 0).any()):
+    rows = torch.atleast_2d(direction if direction.is_floating_point() else direction.float())
+    norms = rows.double().norm(dim=-1, keepdim=True)
+    if not bool(torch.isfinite(norms).all()) or bool((norms == 0).any()):
         raise EditError(f"project_out at {site}: a direction must be finite and not zero")
-    basis = torch.linalg.qr(rows.double().T, mode="reduced")[0].T.to(rows.dtype)
-    return Edit(site, Affine(remove=basis), **{"name": "project_out", **how})
+    _, size, basis = torch.linalg.svd(rows.double() / norms, full_matrices=False)
+    basis = basis[size > 1e-5 * size[0]]  # directions that depend on others span nothing more
+    return Edit(site, Affine(remove=basis.to(rows.dtype)), **{"name": "project_out", **how})
 
 
 def noise(site: Any, std: float, seed: int = 0, **how: Any) -> Edit:
@@ -246,11 +308,17 @@ def noise(site: Any, std: float, seed: int = 0, **how: Any) -> Edit:
 def freeze(site: Any, acts: Mapping[Any, Tensor], **how: Any) -> Edit:
     """Replay what `acts` (an `Activations`, or any mapping from site) holds at `site`, token by token.
 
+    `site` may be a pattern: each of its sites gets back its own.
+
     On generated tokens there is nothing to replay, so the scope is the prompt unless you say otherwise.
     """
-    value, mask = acts[str(site)], getattr(acts, "mask", None)
-    if mask is not None and not bool(mask[:, 0].all()):  # left padding: move each row's first token to entry 0
-        order = mask.long().argsort(dim=1, descending=True, stable=True)
-        view = (*order.shape, *[1] * (value.dim() - 2))
-        value = value.gather(1, order.view(view).expand_as(value))
-    return Edit(site, Replace(value), **{"name": "freeze", "scope": Scope.prompt(), **how})
+    pattern, replay = Pattern.parse(str(site)), Replay(acts)
+    kind = KINDS[pattern.name]
+    if kind.routed and any(key == "expert" for key, _ in pattern.index):
+        raise EditError(
+            f"freeze at {site}: one expert's rows belong to no fixed tokens; freeze {pattern.name} of the "
+            "whole layer, and expert_ids with it"
+        )
+    if pattern.concrete and not (isinstance(pattern.layers, int) and pattern.layers < 0):
+        replay.value(str(site), kind.pos_axis)  # what is missing is missed now, not in the middle of a run
+    return Edit(site, replay, **{"name": "freeze", "scope": Scope.prompt(), **how})
