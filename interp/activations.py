@@ -98,8 +98,12 @@ class ExpertActivations:
 
         batch, pos, slot = torch.broadcast_to(self.mask[..., None], self.ids.shape).nonzero(as_tuple=True)
         columns: dict[str, Any] = {
-            "batch": batch, "position": pos, "slot": slot, "layer": self.layer,
-            "expert": self.ids[batch, pos, slot], "weight": self.weights[batch, pos, slot].float(),
+            "batch": batch,
+            "position": pos,
+            "slot": slot,
+            "layer": self.layer,
+            "expert": self.ids[batch, pos, slot],
+            "weight": self.weights[batch, pos, slot].float(),
         }
         for name, tensor in (("hidden_norm", self.hidden), ("out_norm", self.out)):
             if tensor is not None:
@@ -167,8 +171,10 @@ class Activations(Mapping[str, Tensor]):
             raise KeyError(f"{pattern.text}: no such site was captured; there are {self._summary()}")
         parts = [self[s] for s in sites]
         if len({p.shape for p in parts}) > 1:
-            raise SiteError(f"{pattern.text}: these sites differ in shape ({', '.join(str(list(p.shape)) for p in parts)}); "
-                            "read them one by one")
+            raise SiteError(
+                f"{pattern.text}: these sites differ in shape ({', '.join(str(list(p.shape)) for p in parts)}); "
+                "read them one by one"
+            )
         return torch.stack(parts)
 
     def _size(self, name: str, layer: int | None, key: str) -> int:
@@ -191,9 +197,13 @@ class Activations(Mapping[str, Tensor]):
 
         ids, weights = get("expert_ids"), get("expert_weight")
         if ids is None or weights is None:
-            raise KeyError(f"no experts of layer {layer} were captured; capture 'expert_weight[{layer}]' or "
-                           f"'expert_out[{layer}]'. There are {self._summary()}")
-        return ExpertActivations(layer, ids, weights, self.mask, get("expert_hidden"), get("expert_out"), self.n_experts)
+            raise KeyError(
+                f"no experts of layer {layer} were captured; capture 'expert_weight[{layer}]' or "
+                f"'expert_out[{layer}]'. There are {self._summary()}"
+            )
+        return ExpertActivations(
+            layer, ids, weights, self.mask, get("expert_hidden"), get("expert_out"), self.n_experts
+        )
 
     def mean(self, site: str | Site) -> Tensor:
         """Mean over real tokens; what mean ablation puts back."""
@@ -215,17 +225,24 @@ class Activations(Mapping[str, Tensor]):
         logits = None if self.logits is None else self.logits.detach()
         return Activations(self.tokens, moved, logits, self.model, self.n_experts, self.rotary)
 
-    def to_transformer_lens(self) -> Any:
-        """The same activations as a TransformerLens ActivationCache, under its names."""
+    def to_transformer_lens(self, model: Any = None) -> Any:
+        """The same activations as a TransformerLens ActivationCache, under its names.
+
+        `model`, our Model or a TransformerBridge, is what its methods ask for sizes and weights: see
+        `interp.bridges.transformer_lens.to_cache`.
+        """
         from interp.bridges.transformer_lens import to_cache
 
-        return to_cache(self)
+        return to_cache(self, model)
 
     def _summary(self) -> str:
         names: dict[str, list[str]] = {}
         for site in self.sites:
             names.setdefault(site.name, []).append("" if site.layer is None else str(site.layer))
-        return ", ".join(f"{name}[{_ranges(layers)}]" if layers != [""] else name for name, layers in names.items()) or "none"
+        return (
+            ", ".join(f"{name}[{_ranges(layers)}]" if layers != [""] else name for name, layers in names.items())
+            or "none"
+        )
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.tokens.ids.shape))

@@ -172,7 +172,7 @@ class Replay:
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """``h -> h + std * normal``. A draw belongs to (seed, site, row, position): a cache or a batch changes nothing."""
+    """``h -> h + std * normal``; a draw belongs to (seed, site, row, position), whatever the cache or batch."""
 
     std: float
     seed: int = 0

@@ -38,7 +38,9 @@ class Metric:
             raise ValueError(f"{self.name}: logits must be [batch, pos, vocab], got {list(logits.shape)}")
         value = self.fn(logits, tokens)
         if value.shape != logits.shape[:1]:
-            raise ValueError(f"{self.name}: a metric gives one number per example, [{logits.shape[0]}]; got {list(value.shape)}")
+            raise ValueError(
+                f"{self.name}: a metric gives one number per example, [{logits.shape[0]}]; got {list(value.shape)}"
+            )
         return value
 
 
@@ -78,7 +80,10 @@ def logit_diff(correct: Answer, wrong: Answer) -> Metric:
 
 def log_prob(target: Answer) -> Metric:
     """Log-probability (nats) of the target at the last token."""
-    return Metric(lambda logits, tokens: _chosen(last_logits(logits, tokens).log_softmax(-1), target, "log_prob: target"), "log_prob")
+    return Metric(
+        lambda logits, tokens: _chosen(last_logits(logits, tokens).log_softmax(-1), target, "log_prob: target"),
+        "log_prob",
+    )
 
 
 def kl(reference: Tensor, *, every: bool = False) -> Metric:
@@ -86,12 +91,15 @@ def kl(reference: Tensor, *, every: bool = False) -> Metric:
 
     Args:
         reference: logits of the unedited run [batch, pos, vocab].
+        every: average over all real tokens instead of reading the last.
     """
     reference = reference.detach()
 
     def fn(logits: Tensor, tokens: Tokens | None) -> Tensor:
         if reference.shape != logits.shape:
-            raise ValueError(f"kl: the reference is {list(reference.shape)}, the run {list(logits.shape)}; use the same tokens")
+            raise ValueError(
+                f"kl: the reference is {list(reference.shape)}, the run {list(logits.shape)}; use the same tokens"
+            )
         p, q = reference.log_softmax(-1), logits.log_softmax(-1)
         each = (p.exp() * (p - q)).sum(-1)
         if every:

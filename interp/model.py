@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -27,17 +27,14 @@ from interp.edits import Edit
 from interp.hooks.anatomy import Anatomy, dissect, text_config
 from interp.hooks.session import install
 from interp.hooks.tap import Bound, Clock, Tap
+from interp.reach import Reached, expand, rooted, stopping
 from interp.recorder import Recorder
 from interp.results import Generation, Intervention
-from interp.sites import KINDS, Pattern, Site, SiteError
+from interp.sites import KINDS, Pattern, Site
 from interp.tokens import Text, tokenize
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-class _Reached(Exception):
-    """Everything that was asked for has been read; the rest of the forward pass is not needed."""
 
 
 @dataclass
@@ -76,11 +73,11 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.hf.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        return self.hf.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.hf.parameters() if p.is_floating_point())  # type: ignore[no-any-return]
+        return next(p.dtype for p in self.hf.parameters() if p.is_floating_point())
 
     def _number(self, *names: str, default: int = 0) -> int:
         for name in names:
@@ -138,7 +135,8 @@ class Model:
     def rotary(self) -> bool:
         """True if queries and keys are rotated, so that ours (after it) differ from TransformerLens's hook_q."""
         return any("rotary" in name.lower() or "rope" in name.lower() for name, _ in self.hf.named_modules()) or bool(
-            getattr(self.config, "rotary_dim", None) or getattr(self.config, "rope_parameters", None))
+            getattr(self.config, "rotary_dim", None) or getattr(self.config, "rope_parameters", None)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,7 +149,9 @@ class Model:
         return digest.hexdigest()
 
     def __repr__(self) -> str:
-        parts = f"{type(self.hf).__name__}, {len(self.anatomy.layers)} layers, d_model {self.d_model}, {self.n_heads} heads"
+        parts = (
+            f"{type(self.hf).__name__}, {len(self.anatomy.layers)} layers, d_model {self.d_model}, {self.n_heads} heads"
+        )
         experts = f", {self.n_experts} experts top-{self.top_k}" if self.n_experts else ""
         return f"Model({self.name}: {parts}{experts}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
 
@@ -166,48 +166,9 @@ class Model:
             patterns = [patterns]
         found: dict[Site, None] = {}
         for text in patterns:
-            pattern = Pattern.parse(str(text), rotary=self.rotary)
-            for site in self._expand(pattern):
+            for site in expand(self, Pattern.parse(str(text), rotary=self.rotary)):
                 found.setdefault(site)
         return list(found)
-
-    def _expand(self, pattern: Pattern) -> list[Site]:
-        kind, anatomy = KINDS[pattern.name], self.anatomy
-        if kind.layered and isinstance(pattern.layers, int):
-            n, given = self.n_layers, pattern.layers
-            layer = given + n if given < 0 else given
-            if not 0 <= layer < n:
-                raise SiteError(f"{pattern.text}: {self.name} has layers 0..{n - 1}")
-            pattern = Pattern(pattern.name, layer, pattern.index, pattern.text)
-        having = anatomy.having(pattern.name) if kind.layered else []
-        layers = pattern.layers
-        if isinstance(layers, slice):
-            span = range(self.n_layers)[layers]
-            sites = pattern.expand(having, self._size)
-            if not sites:
-                why = next((anatomy.absent.get((pattern.name, i)) for i in span if (pattern.name, i) in anatomy.absent), None)
-                raise SiteError(f"{pattern.text}: {self.name} has no such site{f': {why}' if why else ''}")
-        else:
-            if (pattern.name, layers) not in anatomy.places:
-                why = anatomy.absent.get((pattern.name, layers), "this family does not have it")
-                others = f"; layers that have it: {having}" if having else ""
-                raise SiteError(f"{pattern.text}: {self.name} has no such site: {why}{others}")
-            sites = pattern.expand(having, self._size)
-        return [self._in_range(site, pattern.text) for site in sites]
-
-    def _size(self, name: str, layer: int | None, key: str) -> int:
-        axis = "expert" if key == "expert" else KINDS[name].index[key]
-        size = self.anatomy.sizes.get((name, layer), {}).get(axis)
-        return size or {"d_model": self.d_model, "vocab": self.d_vocab}.get(axis, 0)
-
-    def _in_range(self, site: Site, text: str) -> Site:
-        index = []
-        for key, value in site.index:
-            n = self._size(site.name, site.layer, key)
-            if not -n <= value < n:
-                raise SiteError(f"{text}: {key}={value} is out of range; layer {site.layer} has {key} 0..{n - 1}")
-            index.append((key, value % n))
-        return Site(site.name, site.layer, tuple(index))
 
     def map(self) -> pd.DataFrame:
         """Every site of this model: name, layers that have it, axes, how it is reached, or why it is absent."""
@@ -219,25 +180,44 @@ class Model:
             present = bool(having) or (name, None) in self.anatomy.places
             how = sorted({p.how for (n, _), p in self.anatomy.places.items() if n == name})
             why = sorted({w for (n, _), w in self.anatomy.absent.items() if n == name})
-            rows.append({"site": name, "present": present, "layers": having, "axes": kind.axes, "door": ", ".join(how),
-                         "what": kind.what, "absent": "; ".join(why[:2])})
+            rows.append(
+                {
+                    "site": name,
+                    "present": present,
+                    "layers": having,
+                    "axes": kind.axes,
+                    "door": ", ".join(how),
+                    "what": kind.what,
+                    "absent": "; ".join(why[:2]),
+                }
+            )
         return pd.DataFrame(rows)
 
     # -- running -----------------------------------------------------------------------------------------------
     def tokens(self, x: Text, *, max_length: int | None = None, truncate: bool = False, special: bool = True) -> Tokens:
         """A batch of tokens from texts, ids or Tokens; padded on the right. See `interp.tokens.tokenize` for errors."""
-        return tokenize(x, self.tokenizer, vocab=self.d_vocab, context=self.n_ctx, device=self.device,
-                        max_length=max_length, truncate=truncate, special=special)
+        return tokenize(
+            x,
+            self.tokenizer,
+            vocab=self.d_vocab,
+            context=self.n_ctx,
+            device=self.device,
+            max_length=max_length,
+            truncate=truncate,
+            special=special,
+        )
 
     def __call__(self, x: Text, *, grad: bool = False) -> Tensor:
         """Logits [batch, pos, vocab]; what stands at padding means nothing."""
         tokens = self.tokens(x)
         with torch.set_grad_enabled(grad):
-            return self._forward(tokens).logits  # type: ignore[no-any-return]
+            return self._forward(tokens).logits
 
     def _forward(self, tokens: Tokens) -> Any:
         inputs: dict[str, Any] = {"input_ids": tokens.ids, "attention_mask": tokens.mask.long(), "use_cache": False}
-        if not bool(tokens.mask[:, 0].all()) and self._takes_positions:  # left padding: count positions from the first token
+        if (
+            not bool(tokens.mask[:, 0].all()) and self._takes_positions
+        ):  # left padding: count positions from the first token
             inputs["position_ids"] = tokens.position
         return self.hf(**inputs)
 
@@ -247,8 +227,15 @@ class Model:
 
         return "position_ids" in inspect.signature(self.hf.forward).parameters
 
-    def capture(self, x: Text, sites: str | Site | Iterable[str | Site], *, logits: bool = False, grad: bool = False,
-                check: bool = True) -> Activations:
+    def capture(
+        self,
+        x: Text,
+        sites: str | Site | Iterable[str | Site],
+        *,
+        logits: bool = False,
+        grad: bool = False,
+        check: bool = True,
+    ) -> Activations:
         """Runs the model and keeps what is at `sites`.
 
         The run stops as soon as the last of them is reached; with `logits` it goes to the end and keeps the output too.
@@ -262,16 +249,20 @@ class Model:
         out = None
         while True:
             recorder = Recorder(wanted, self.fragile, grad=grad, check=check)
-            with self.using(Use(recorder=recorder)), self._stopping(wanted, logits), torch.set_grad_enabled(grad):
-                with self._rooted(grad):
-                    try:
-                        out = self._forward(tokens)
-                    except _Reached:
-                        pass
+            with (
+                self.using(Use(recorder=recorder)),
+                stopping(self, wanted, logits),
+                rooted(self, grad),
+                torch.set_grad_enabled(grad),
+                suppress(Reached),
+            ):
+                out = self._forward(tokens)
             if missed := recorder.missed():
-                raise RuntimeError(f"{missed[0]}: the model ran without passing this site ({len(missed)} of {len(wanted)} sites "
-                                   "were missed). Was the layer skipped, or its attention or experts implementation "
-                                   "changed meanwhile, by a model that shares its config object?")
+                raise RuntimeError(
+                    f"{missed[0]}: the model ran without passing this site ({len(missed)} of {len(wanted)} sites "
+                    "were missed). Was the layer skipped, or its attention or experts implementation "
+                    "changed meanwhile, by a model that shares its config object?"
+                )
             overwritten = recorder.overwritten()
             if not overwritten:
                 break
@@ -290,45 +281,6 @@ class Model:
         routing = [Site(n, s.layer) for s in sites if s.kind.routed for n in ("expert_ids", "expert_weight")]
         return list(dict.fromkeys([*sites, *routing]))
 
-    @contextmanager
-    def _stopping(self, sites: list[Site], logits: bool) -> Iterator[None]:
-        """Ends the forward pass at the first module behind the last wanted site."""
-        if logits or any(s.name == "logits" for s in sites):
-            yield
-            return
-        layers = self.anatomy.layers
-        outside = [s for s in sites if s.layer is None and s.name != "embed"]
-        last = max((s.layer for s in sites if s.layer is not None), default=-1)
-        behind = layers[last + 1] if not outside and last + 1 < len(layers) else self.hf.get_output_embeddings()
-        if behind is None:
-            yield
-            return
-
-        def stop(module: nn.Module, args: Any) -> None:
-            raise _Reached
-
-        handle = behind.register_forward_pre_hook(stop)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _rooted(self, grad: bool) -> Iterator[None]:
-        """Makes the embedding's output require a gradient, so that every site has one even if the weights are frozen."""
-        if not grad:
-            yield
-            return
-
-        def root(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return output if output.requires_grad else output.detach().requires_grad_(True)
-
-        handle = self.hf.get_input_embeddings().register_forward_hook(root, prepend=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     # -- contexts ----------------------------------------------------------------------------------------------
     @contextmanager
     def intervene(self, *edits: Any) -> Iterator[Intervention]:
@@ -342,7 +294,11 @@ class Model:
             yield Intervention(bound)
 
     def _bind(self, edit: Edit) -> Edit:
-        decode = None if self.tokenizer is None else lambda ids: self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        decode = (
+            None
+            if self.tokenizer is None
+            else lambda ids: self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        )
         return edit.within(edit.scope.bind(decode))
 
     def _flat_edits(self, edits: Iterable[Any]) -> Iterator[Edit]:
@@ -354,11 +310,13 @@ class Model:
             elif isinstance(edit, (list, tuple)):
                 yield from self._flat_edits(edit)
             else:
-                raise TypeError(f"intervene: expected Edits (interp.edits.zero(...), ...), got {type(edit).__name__}: {edit!r:.80}")
+                raise TypeError(
+                    f"intervene: expected Edits (interp.edits.zero(...), ...), got {type(edit).__name__}: {edit!r:.80}"
+                )
 
     @contextmanager
     def recording(self, sites: str | Site | Iterable[str | Site], *, check: bool = True) -> Iterator[Recorder]:
-        """Records `sites` in whatever runs inside: ``rec.activations()`` holds the last sequence, generation included."""
+        """Records `sites` in whatever runs inside; ``rec.activations()`` is the last sequence, generation included."""
         recorder = Recorder(self.with_routing(self.resolve(sites)), self.fragile, check=check)
         with self.using(Use(recorder=recorder)):
             yield recorder
@@ -393,8 +351,15 @@ class Model:
         self._open = stack
 
     # -- generating --------------------------------------------------------------------------------------------
-    def generate(self, x: Text, *, max_new_tokens: int = 20, capture: str | Site | Iterable[str | Site] | None = None,
-                 num_return_sequences: int = 1, **kwargs: Any) -> Generation:
+    def generate(
+        self,
+        x: Text,
+        *,
+        max_new_tokens: int = 20,
+        capture: str | Site | Iterable[str | Site] | None = None,
+        num_return_sequences: int = 1,
+        **kwargs: Any,
+    ) -> Generation:
         """Continues each prompt; greedy unless ``do_sample=True`` is passed on to transformers' generate.
 
         Edits of open contexts act on the tokens of their scope, the same with and without ``use_cache``. Beam search
@@ -413,3 +378,14 @@ class Model:
         place = self.anatomy.places[site.name, site.layer]
         down = experts.down if place.how == "experts" else undecorated.down
         return down(place.module, expert, hidden)
+
+    # -- bridges -----------------------------------------------------------------------------------------------
+    def nnsight(self) -> Any:
+        """nnsight's LanguageModel on these very weights, for free-form tracing (NNsight where there is no tokenizer).
+
+        ``interp.bridges.nnsight.proxy(lm, m, "resid_post[5]")`` is a site inside a trace; that module says what works
+        together, and for remote execution.
+        """
+        from interp.bridges.nnsight import open_model
+
+        return open_model(self)

@@ -44,7 +44,7 @@ class Recorder:
             for wanted in self.wanted[site]:
                 self.kept[wanted] = []
         elif site.name in ("k", "v"):
-            kept = kept[:, -clock.shape[1]:]
+            kept = kept[:, -clock.shape[1] :]
         twin = None
         if site in self.fragile or h.is_inference():
             twin = h.clone()

@@ -33,8 +33,16 @@ class Intervention:
             for call, position, mask, ids in bound.touched:
                 for batch, column in mask.nonzero().tolist():
                     token = -1 if ids is None else int(ids[batch, column])
-                    rows.append({"node": str(bound.site), "edit": bound.edit.name, "call": call, "batch": batch,
-                                 "position": int(position[batch, column]), "token": token})
+                    rows.append(
+                        {
+                            "node": str(bound.site),
+                            "edit": bound.edit.name,
+                            "call": call,
+                            "batch": batch,
+                            "position": int(position[batch, column]),
+                            "token": token,
+                        }
+                    )
         frame = pd.DataFrame(rows, columns=["node", "edit", "call", "batch", "position", "token"])
         return frame if calls else frame.drop(columns="call").drop_duplicates(ignore_index=True)
 

@@ -83,7 +83,7 @@ class Scope:
 
     @staticmethod
     def generated() -> Scope:
-        """Tokens after the prompt, as they are fed back in. The first new token is *predicted* at the last prompt token."""
+        """Tokens after the prompt, as they are fed back in; the first is *predicted* at the last prompt token."""
         return Scope("generated", lambda c: ~c.in_prompt)
 
     @staticmethod
@@ -110,12 +110,16 @@ class Scope:
     def mask(chosen: Tensor) -> Scope:
         """The prompt tokens where `chosen` [batch, pos] is True, laid out as the tokens were given."""
         if chosen.dim() != 2 or chosen.dtype != torch.bool:
-            raise ValueError(f"Scope.mask: expected a bool tensor [batch, pos], got {chosen.dtype} {list(chosen.shape)}")
+            raise ValueError(
+                f"Scope.mask: expected a bool tensor [batch, pos], got {chosen.dtype} {list(chosen.shape)}"
+            )
 
         def rule(c: Columns) -> Tensor:
             if chosen.shape != c.given.shape:
-                raise ValueError(f"Scope.mask: the mask is {list(chosen.shape)}, the tokens are {list(c.given.shape)}; "
-                                 "give one entry per token of the batch that runs")
+                raise ValueError(
+                    f"Scope.mask: the mask is {list(chosen.shape)}, the tokens are {list(c.given.shape)}; "
+                    "give one entry per token of the batch that runs"
+                )
             # The batch may have been padded to another side since: go by the n-th real token, not by column.
             real = c.given.long().argsort(dim=1, descending=True, stable=True)
             by_position = chosen.to(real.device).gather(1, real)
@@ -166,14 +170,17 @@ class Scope:
         if isinstance(value, Tensor):
             return Scope.mask(value)
         if not isinstance(value, str):
-            raise TypeError(f"scope {value!r}: expected a text such as 'last', a bool mask or a Scope, not "
-                            f"{type(value).__name__}")
+            raise TypeError(
+                f"scope {value!r}: expected a text such as 'last', a bool mask or a Scope, not {type(value).__name__}"
+            )
         try:
             return _read(ast.parse(value.strip(), mode="eval").body)
         except (KeyError, SyntaxError, ValueError, TypeError):
-            raise ValueError(f"scope {value!r}: expected one of 'all', 'prompt', 'generated', 'last', 'window(a, b)', "
-                             "'after(text or id)', these joined by &, | and ~, a bool mask [batch, pos], or a "
-                             "Scope") from None
+            raise ValueError(
+                f"scope {value!r}: expected one of 'all', 'prompt', 'generated', 'last', 'window(a, b)', "
+                "'after(text or id)', these joined by &, | and ~, a bool mask [batch, pos], or a "
+                "Scope"
+            ) from None
 
     def bind(self, decode: Callable[[list[int]], str] | None) -> Scope:
         """The same scope, its text looked for in what `decode` makes of the tokens."""
@@ -202,8 +209,12 @@ class Scope:
 def _read(node: ast.expr) -> Scope:
     """The scope that a parsed text means. Python's own grammar serves: names, calls with literals, ``& | ~``."""
     words: dict[str, Callable[..., Scope]] = {
-        "all": Scope.all, "prompt": Scope.prompt, "generated": Scope.generated, "last": Scope.last,
-        "window": Scope.window, "after": Scope.after,
+        "all": Scope.all,
+        "prompt": Scope.prompt,
+        "generated": Scope.generated,
+        "last": Scope.last,
+        "window": Scope.window,
+        "after": Scope.after,
     }
     match node:
         case ast.Name(id=word):

@@ -79,7 +79,8 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("z", _HEAD, head, "blocks.{l}.attn.hook_z", "pattern-weighted values, before the output projection")
     yield Kind("attn_out", _D, dim, "blocks.{l}.hook_attn_out", "what attention hands to the residual stream")
     yield Kind("resid_mid", _D, dim, "blocks.{l}.hook_resid_mid", "residual stream between attention and MLP")
-    yield Kind("ln2_scale", ("batch", "pos", "one"), {}, "blocks.{l}.ln2.hook_scale", "divisor of the norm before the MLP")
+    yield Kind("ln2_scale", ("batch", "pos", "one"), {}, "blocks.{l}.ln2.hook_scale",
+               "divisor of the norm before the MLP")
     yield Kind("mlp_hidden", ("batch", "pos", "neuron"), {"neuron": "neuron"}, "blocks.{l}.mlp.hook_post",
                "neurons of a dense MLP: the input of its down projection")
     yield Kind("router_logits", ("batch", "pos", "expert"), {"expert": "expert"}, None,
@@ -87,11 +88,12 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("expert_ids", ("batch", "pos", "slot"), {"slot": "slot"}, None, "experts chosen for each token")
     yield Kind("expert_weight", ("batch", "pos", "slot"), {"expert": "slot", "slot": "slot"}, None,
                "weight with which each chosen expert's output is added")
-    yield Kind("expert_hidden", ("batch", "pos", "slot", "neuron"), {"expert": "slot", "slot": "slot", "neuron": "neuron"},
-               None, "neurons of each chosen expert: the input of its down projection")
+    yield Kind("expert_hidden", ("batch", "pos", "slot", "neuron"),
+               {"expert": "slot", "slot": "slot", "neuron": "neuron"}, None,
+               "neurons of each chosen expert: the input of its down projection")
     yield Kind("expert_out", ("batch", "pos", "slot", "d_model"), {"expert": "slot", "slot": "slot", "dim": "d_model"},
                None, "output of each chosen expert, before its weight")
-    yield Kind("shared_weight", ("batch", "pos", "one"), {}, None, "gate of the shared expert, in families that gate it")
+    yield Kind("shared_weight", ("batch", "pos", "one"), {}, None, "gate of the shared expert, where it has one")
     yield Kind("shared_out", _D, dim, None, "output of the always-on (shared) expert, before its gate if it has one")
     yield Kind("mlp_out", _D, dim, "blocks.{l}.hook_mlp_out", "what the MLP or MoE block hands to the residual stream")
     yield Kind("resid_post", _D, dim, "blocks.{l}.hook_resid_post", "residual stream leaving the layer")
@@ -224,7 +226,7 @@ def _parse(text: str, rotary: bool | None) -> Pattern:
         return _parse_tl(text, rotary)
     match = _FORM.match(text)
     if not match:
-        raise SiteError(f"{text!r} is not a site; the form is name[layer] or name[layer, key=index], e.g. 'z[5, head=3]'")
+        raise SiteError(f"{text!r} is not a site; the form is name[layer, key=index], e.g. 'z[5, head=3]'")
     kind = KINDS.get(match["name"])
     if kind is None:
         raise SiteError(f"{match['name']!r} is not a site name{_near(match['name'])}; the names are {', '.join(KINDS)}")
@@ -238,7 +240,7 @@ def _parse(text: str, rotary: bool | None) -> Pattern:
     for i, (key, _) in enumerate(index):
         rival = next((k for k, _ in index[:i] if kind.index[k] == kind.index[key]), None)
         if rival is not None:
-            raise SiteError(f"{text!r}: {rival}= and {key}= both pick from the axis {kind.index[key]!r}; give one of them")
+            raise SiteError(f"{text!r}: {rival}= and {key}= both pick from {kind.index[key]!r}; give one")
     return Pattern(kind.name, layers, index, text)
 
 

@@ -23,7 +23,7 @@ def gradient(b: Bench) -> Iterator[Result]:
     grads = torch.autograd.grad(loss, [acts[s] for s in wanted], allow_unused=True)
     missing += [str(s) for s, g in zip(wanted, grads, strict=True) if g is None or not bool(torch.isfinite(g).all())]
     yield not missing, float(len(missing)), f"no gradient at {', '.join(missing)}" if missing else "every site"
-    # Slopes on short texts: where a router or sparse pattern switches within the step there is none, so a few are tried.
+    # Slopes on short texts: where a router or sparse pattern switches within the step there is none, so try a few.
     errors: dict[str, float] = {}
     for start in range(3):
         tokens = b.ids[start % 2 : start % 2 + 1, start : start + 5]

@@ -58,15 +58,13 @@ def _output_projection(b: Bench, layer: int) -> nn.Module | None:
     module, z = b.m.anatomy.places["z", layer].module, b.acts[f"z[{layer}]"].flatten(2)
     found: list[nn.Module] = []
 
-    def note(mod: nn.Module, args: Any, out: Any) -> None:
-        if shared.count(mod.weight.data_ptr()) > 1:  # type: ignore[union-attr]
+    def note(mod: Any, args: Any, out: Any) -> None:
+        if shared.count(mod.weight.data_ptr()) > 1:
             return
         if args and args[0].numel() == z.numel() and torch.allclose(args[0].reshape(z.shape), z, atol=1e-4):
             found.append(mod)
 
-    inside = [
-        mod for mod in module.modules() if isinstance(getattr(mod, "weight", None), Tensor) and mod.weight.dim() == 2
-    ]
+    inside = [mod for mod in module.modules() if getattr(getattr(mod, "weight", None), "ndim", 0) == 2]
     handles = [mod.register_forward_hook(note) for mod in inside]
     try:
         b.m(b.ids)
@@ -81,7 +79,7 @@ def _zeroed(linear: Any, columns: slice = slice(None)) -> Iterator[None]:
     """A linear whose given input columns (all: and its bias) are zero for a while."""
     weight, bias = linear.weight, getattr(linear, "bias", None)
     transposed = type(linear).__name__ == "Conv1D"  # GPT-2 keeps [in, out]
-    kept = weight.detach().clone(), None if bias is None else bias.detach().clone()
+    kept, kept_bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
     with torch.no_grad():
         (weight.T if not transposed else weight)[columns] = 0
         if columns == slice(None) and bias is not None:
@@ -90,9 +88,9 @@ def _zeroed(linear: Any, columns: slice = slice(None)) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            weight.copy_(kept[0])
-            if kept[1] is not None:
-                bias.copy_(kept[1])
+            weight.copy_(kept)
+            if bias is not None:
+                bias.copy_(kept_bias)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -113,13 +114,21 @@ def text_config(hf: nn.Module) -> Any:
 def find_layers(hf: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers: the heaviest ModuleList that has as many entries as the config has layers."""
     config = text_config(hf)
-    n_layers = next((getattr(config, k) for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-                     if isinstance(getattr(config, k, None), int)), None)
+    n_layers = next(
+        (
+            getattr(config, k)
+            for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+            if isinstance(getattr(config, k, None), int)
+        ),
+        None,
+    )
     lists = [(path, m) for path, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     fitting = [(path, m) for path, m in lists if n_layers is None or len(m) == n_layers] or lists
     text = [(p, m) for p, m in fitting if not re.search(r"vision|visual|audio|encoder\.", p)] or fitting
     if not text:
-        raise AnatomyError(f"{type(hf).__name__}: found no list of decoder layers; interp reads decoder-only transformers")
+        raise AnatomyError(
+            f"{type(hf).__name__}: found no list of decoder layers; interp reads decoder-only transformers"
+        )
     return max(text, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
@@ -145,12 +154,12 @@ def dissect(hf: nn.Module) -> Anatomy:
 def _refuse_rebuilt_streams(anatomy: Anatomy, calls: dict[int | None, list[Call]]) -> None:
     """Where a layer does not start from what the layer before left, there is no one residual stream to speak of."""
     tops = [next((c for c in calls.get(i, []) if c.module is layer), None) for i, layer in enumerate(anatomy.layers)]
-    for i, (top, after) in enumerate(zip(tops, tops[1:], strict=False)):
+    for i, (top, after) in enumerate(pairwise(tops)):
         if top is None or after is None or top.output is None or after.source is None:
             continue
         if same(top.output, after.source) or torch.equal(top.output, after.source):
             continue
-        why = f"this family rebuilds its stream between layers {i} and {i + 1}: what leaves one is not what enters the next"
+        why = f"this family rebuilds its stream between layers {i} and {i + 1}: what leaves one does not enter the next"
         for key in [k for k in anatomy.places if k[0] in ("resid_pre", "resid_post", "resid_mid")]:
             del anatomy.places[key]
             anatomy.absent[key] = why
@@ -172,8 +181,10 @@ def _eager_trouble(hf: nn.Module) -> str:
     gap, size = float((plain - eager).abs().max()), max(1.0, float(plain.abs().max()))
     if gap <= size * (1e-3 if plain.dtype == torch.float32 else 0.1):
         return ""
-    return (f"this family's eager attention gives other logits than the one in use (by {gap:.2g}), so its pattern would not be "
-            "this model's; load it with attn_implementation='eager'")
+    return (
+        f"this family's eager attention gives other logits than the one in use (by {gap:.2g}), so its pattern is not "
+        "this model's; load it with attn_implementation='eager'"
+    )
 
 
 def _refuse_repeats(anatomy: Anatomy, calls: dict[int | None, list[Call]]) -> None:
@@ -184,8 +195,10 @@ def _refuse_repeats(anatomy: Anatomy, calls: dict[int | None, list[Call]]) -> No
     for key, place in list(anatomy.places.items()):
         if times.get(id(place.module), 1) > 1:
             del anatomy.places[key]
-            anatomy.absent[key] = (f"{type(place.module).__name__} runs {times[id(place.module)]} times in one forward pass, "
-                                   "so the site would not be one place")
+            anatomy.absent[key] = (
+                f"{type(place.module).__name__} runs {times[id(place.module)]} times in one forward pass, "
+                "so the site would not be one place"
+            )
 
 
 def watch(hf: nn.Module, layers: nn.ModuleList) -> dict[int | None, list[Call]]:
@@ -223,8 +236,10 @@ def run_probe(hf: nn.Module) -> Tensor | None:
         with torch.no_grad():
             out = hf(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:
-        raise AnatomyError(f"{type(hf).__name__}: a forward pass on a few tokens failed, so its parts cannot be found: "
-                           f"{type(error).__name__}: {error}") from error
+        raise AnatomyError(
+            f"{type(hf).__name__}: a forward pass on a few tokens failed, so its parts cannot be found: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     finally:
         hf.train(training)
     return getattr(out, "logits", None)
@@ -237,7 +252,7 @@ def first(output: Any) -> Tensor | None:
     if isinstance(output, (tuple, list)) and output:
         return first(output[0])
     if hasattr(output, "last_hidden_state"):
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state
     return None
 
 

@@ -3,7 +3,7 @@
 Every family that uses the interface hands its attention function the queries, keys and values (after rotary, key-value
 heads as they are). Our function taps them, lets the implementation that was set before do the arithmetic, and taps
 what comes out. As long as nobody wants the pattern, that is the very kernel the model used (SDPA); the pattern exists
-only in the family's own eager function, which is then used for the whole model, and is tapped where it meets the values.
+only in the family's own eager function, which then serves the whole model, and is tapped where it meets the values.
 
 A module that is not tapped goes straight through, and outside our contexts the name we registered is not in use.
 """
@@ -23,6 +23,7 @@ PREFIX = "interp_"
 #: Taps of the attention modules that are being watched, by module identity. Two models never share a key.
 _live: dict[int, dict[str, Tap]] = {}
 _observers: dict[int, dict[int, dict[str, Any]]] = {}
+
 
 class Name(str):
     """The registered name of our function, which also answers to the name it stands for.
@@ -60,7 +61,7 @@ def delegate(module: nn.Module, name: str) -> AttentionFunction:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if name != "eager":
-        return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+        return ALL_ATTENTION_FUNCTIONS[name]
     return family_eager(module)
 
 
@@ -72,12 +73,13 @@ def family_eager(module: nn.Module) -> AttentionFunction:
     function = getattr(forward, "__globals__", {}).get("eager_attention_forward")
     if function is None:
         raise ValueError(f"{type(module).__name__} has no eager attention, so its pattern cannot be read")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-            **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Stands where an attention implementation stands: q [batch, head, pos, d_head] -> out [batch, pos, head, d_head]."""
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Stands where an implementation stands: query [batch, head, pos, d_head] -> out [batch, pos, head, d_head]."""
     run = delegate(module, base_name(module.config))
     if id(module) in _observers:
         _note(_observers[id(module)], module, query, key, value, attention_mask, kwargs)
@@ -89,7 +91,9 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
         with PatternMode(taps["pattern"], heads=query.shape[1]) as mode:
             out, pattern = run(module, query, key, value, attention_mask, **kwargs)
         if not mode.done:
-            raise ValueError(f"{type(module).__name__}: its eager attention shows no product of a pattern with the values")
+            raise ValueError(
+                f"{type(module).__name__}: its eager attention shows no product of a pattern with the values"
+            )
     else:
         out, pattern = run(module, query, key, value, attention_mask, **kwargs)
     if "z" in taps:
@@ -97,12 +101,24 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     return out, pattern
 
 
-def _note(seen: dict[int, dict[str, Any]], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-          mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _note(
+    seen: dict[int, dict[str, Any]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
     """What an observer learns from one call."""
     seen[id(module)] = {
-        "heads": query.shape[1], "kv_heads": key.shape[1], "d_q": query.shape[-1], "d_v": value.shape[-1],
-        "keys": key.shape[2], "scaling": kwargs.get("scaling"), "softcap": kwargs.get("softcap"),
+        "heads": query.shape[1],
+        "kv_heads": key.shape[1],
+        "d_q": query.shape[-1],
+        "d_v": value.shape[-1],
+        "keys": key.shape[2],
+        "scaling": kwargs.get("scaling"),
+        "softcap": kwargs.get("softcap"),
         "calls": seen.get(id(module), {}).get("calls", 0) + 1,
         "added": [t for t in (mask, kwargs.get("position_bias")) if isinstance(t, Tensor) and t.is_floating_point()],
     }
@@ -112,7 +128,9 @@ def _swap(tap: Tap | None, tensor: Tensor) -> Tensor:
     """Taps a tensor [batch, head, pos, d_head] in the site's axes [batch, pos, head, d_head]."""
     if tap is None:
         return tensor
-    return tap(tensor.transpose(1, 2)).transpose(1, 2)  # goes on from the view that was read, so that gradients reach it
+    return tap(tensor.transpose(1, 2)).transpose(
+        1, 2
+    )  # goes on from the view that was read, so that gradients reach it
 
 
 def configs_of(hf: nn.Module, attribute: str) -> list[Any]:
@@ -168,4 +186,3 @@ def observed(hf: nn.Module, *, eager: bool = False) -> Iterator[dict[int, dict[s
     finally:
         for module in modules:
             _observers.pop(id(module), None)
-

@@ -35,7 +35,7 @@ def delegate(module: nn.Module) -> Callable[..., Tensor]:
 
     name = _base.get(id(module.config), "eager")
     if name in ALL_EXPERTS_FUNCTIONS:
-        return ALL_EXPERTS_FUNCTIONS[name]  # type: ignore[no-any-return]
+        return ALL_EXPERTS_FUNCTIONS[name]
     return inspect.unwrap(type(module).forward)
 
 
@@ -48,8 +48,10 @@ def _mix(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, *args:
         return delegate(module)(module, hidden, ids, weights, *args, **kwargs)
     frame = next(iter(taps.values())).clock.shape
     if ids.shape[0] != frame[0] * frame[1]:
-        raise ValueError(f"{type(module).__name__} was given {ids.shape[0]} rows for {frame[0]} x {frame[1]} tokens; "
-                         "interp needs one row per token")
+        raise ValueError(
+            f"{type(module).__name__} was given {ids.shape[0]} rows for {frame[0]} x {frame[1]} tokens; "
+            "interp needs one row per token"
+        )
     if "expert_ids" in taps:
         ids = taps["expert_ids"](ids.unflatten(0, frame)).flatten(0, 1)
     chosen = ids.unflatten(0, frame)
@@ -61,8 +63,9 @@ def _mix(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, *args:
     return rows.to(hidden.dtype)
 
 
-def by_expert(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, taps: dict[str, Tap],
-              frame: tuple[int, int]) -> Tensor:
+def by_expert(
+    module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, taps: dict[str, Tap], frame: tuple[int, int]
+) -> Tensor:
     """The routed sum [token, d_model], with taps on neurons and outputs of each (token, slot)."""
     slots = ids.shape[-1]
     flat = ids.flatten()
@@ -78,10 +81,13 @@ def by_expert(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, t
         given = taps[name](seen, chosen)
         return rows if given is seen and not given.requires_grad else given.flatten(0, 2)[order]
 
-    neurons = through("expert_hidden", torch.cat([
-        up(module, e, rows) for e, rows in enumerate(hidden[order // slots].split(counts)) if len(rows)]))
-    out = through("expert_out", torch.cat([
-        down(module, e, rows) for e, rows in enumerate(neurons.split(counts)) if len(rows)]))
+    neurons = through(
+        "expert_hidden",
+        torch.cat([up(module, e, rows) for e, rows in enumerate(hidden[order // slots].split(counts)) if len(rows)]),
+    )
+    out = through(
+        "expert_out", torch.cat([down(module, e, rows) for e, rows in enumerate(neurons.split(counts)) if len(rows)])
+    )
     return (out[back].unflatten(0, (-1, slots)) * weights[..., None]).sum(1)
 
 
@@ -89,13 +95,13 @@ def up(module: Any, expert: int, rows: Tensor) -> Tensor:
     """Neurons of one expert: [row, d_model] -> [row, d_expert]."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     projected = _linear(module, name, expert, rows)
-    return module._apply_gate(projected) if module.has_gate else module.act_fn(projected)  # type: ignore[no-any-return]
+    return module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
 
 
 def down(module: Any, expert: int, neurons: Tensor) -> Tensor:
     """Output of one expert: [row, d_expert] -> [row, d_model]."""
     out = _linear(module, "down_proj", expert, neurons)
-    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[no-any-return]
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 
 def _linear(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
@@ -108,8 +114,10 @@ def sizes(module: Any) -> dict[str, int]:
     """Number of experts and of neurons in one expert, from the weights."""
     weight = module.down_proj
     if not isinstance(weight, Tensor) or weight.dim() != 3 or not weight.is_floating_point():
-        raise ValueError(f"{type(module).__name__}: its expert weights are {type(weight).__name__}, not a plain 3-D tensor; "
-                         "load the model without quantisation")
+        raise ValueError(
+            f"{type(module).__name__}: its expert weights are {type(weight).__name__}, not a plain 3-D tensor; "
+            "load the model without quantisation"
+        )
     return {"expert": weight.shape[0], "neuron": weight.shape[1 if module.is_transposed else 2]}
 
 
@@ -136,7 +144,7 @@ def implementation(hf: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tapped(hf: nn.Module, taps: dict[nn.Module, dict[str, Tap]]) -> Iterator[None]:
-    """Puts taps on experts modules. `taps`: module -> {"expert_ids" | "expert_weight" | "expert_hidden" | "expert_out": tap}."""
+    """Puts taps on experts modules. `taps`: module -> {site name: tap}."""
     try:
         _live.update({id(m): t for m, t in taps.items()})
         with implementation(hf):

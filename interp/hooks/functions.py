@@ -57,7 +57,9 @@ class PatternMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in _SOFTMAX:
             self.normalised = True
-        elif self.normalised and not self.done and func in _MATMUL and isinstance(args[0], Tensor) and args[0].dim() == 4:
+        elif (
+            self.normalised and not self.done and func in _MATMUL and isinstance(args[0], Tensor) and args[0].dim() == 4
+        ):
             self.done = True
             return func(self.tap(args[0]), *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -87,7 +89,9 @@ class AttentionMode(TorchFunctionMode):
 
     def _operands(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if func in (torch.baddbmm, Tensor.baddbmm):
-            return kwargs.get("batch1", args[1] if len(args) > 1 else None), kwargs.get("batch2", args[2] if len(args) > 2 else None)
+            return kwargs.get("batch1", args[1] if len(args) > 1 else None), kwargs.get(
+                "batch2", args[2] if len(args) > 2 else None
+            )
         return args[0], args[1]
 
     def _is_scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -101,7 +105,11 @@ class AttentionMode(TorchFunctionMode):
         self.stage = "softmax"
         q, k = self._operands(func, args, kwargs)
         if self.note is not None:
-            self.note |= {"heads": self.heads, "kv_heads": k.shape[1] if k.dim() == 4 else self.heads, "d_q": q.shape[-1]}
+            self.note |= {
+                "heads": self.heads,
+                "kv_heads": k.shape[1] if k.dim() == 4 else self.heads,
+                "d_q": q.shape[-1],
+            }
         new_q, new_k = self._tap("q", q), self._tap("k", k.transpose(-1, -2)).transpose(-1, -2)
         if func in (torch.baddbmm, Tensor.baddbmm):
             rest = {**kwargs, "batch1": new_q, "batch2": new_k}
@@ -114,8 +122,10 @@ class AttentionMode(TorchFunctionMode):
         if self.note is not None:
             self.note |= {"heads": q.shape[1], "kv_heads": k.shape[1], "d_q": q.shape[-1], "d_v": v.shape[-1]}
         if "pattern" in self.taps:
-            raise ValueError("this attention runs as one fused kernel (SDPA) and makes no pattern; load the model with "
-                             "attn_implementation='eager'")
+            raise ValueError(
+                "this attention runs as one fused kernel (SDPA) and makes no pattern; load the model with "
+                "attn_implementation='eager'"
+            )
         q, k, v = self._tap("q", q), self._tap("k", k), self._tap("v", v)
         return self._tap("z", func(q, k, v, *args[3:], **kwargs))
 
@@ -138,8 +148,10 @@ class Watched:
 
     def __init__(self, module: nn.Module, make: Callable[[], TorchFunctionMode]) -> None:
         self.make, self.stack = make, []  # type: ignore[var-annotated]
-        self.handles = [module.register_forward_pre_hook(self._enter),
-                        module.register_forward_hook(self._leave, always_call=True)]
+        self.handles = [
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         mode = self.make()
@@ -162,8 +174,12 @@ def writes_attention(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch."):
         return False
     text = "".join(inspect.getsource(f) for _, f in vars(type(module)).items() if inspect.isfunction(f))
-    return bool(re.search(r"softmax|scaled_dot_product_attention", text, re.I) and re.search(r"matmul|bmm|@|scaled_dot", text)
-                and "ALL_ATTENTION_FUNCTIONS" not in text and re.search(r"quer|\bq\b", text))
+    return bool(
+        re.search(r"softmax|scaled_dot_product_attention", text, re.I)
+        and re.search(r"matmul|bmm|@|scaled_dot", text)
+        and "ALL_ATTENTION_FUNCTIONS" not in text
+        and re.search(r"quer|\bq\b", text)
+    )
 
 
 def head_count(module: nn.Module) -> int:

@@ -72,7 +72,9 @@ def _at_stream(place: Place, tap: Tap) -> list[Handle]:
 
 def _at_scale(place: Place, tap: Tap) -> list[Handle]:
     norm: Any = place.module
-    eps = next((float(getattr(norm, n)) for n in ("variance_epsilon", "eps", "norm_eps", "epsilon") if hasattr(norm, n)), 0.0)
+    eps = next(
+        (float(getattr(norm, n)) for n in ("variance_epsilon", "eps", "norm_eps", "epsilon") if hasattr(norm, n)), 0.0
+    )
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         value, _ = _find_input(args, kwargs)
@@ -100,8 +102,10 @@ def _at_sigmoid(place: Place, tap: Tap) -> list[Handle]:
         if given is gate and not gate.requires_grad:
             return None
         if bool(((given < 0) | (given > 1)).any()):
-            raise ValueError(f"{tap.site}: a gate lies in [0, 1]; the edit gave {float(given.min()):.3g}.."
-                             f"{float(given.max()):.3g}. Scale shared_out instead")
+            raise ValueError(
+                f"{tap.site}: a gate lies in [0, 1]; the edit gave {float(given.min()):.3g}.."
+                f"{float(given.max()):.3g}. Scale shared_out instead"
+            )
         return given.logit()
 
     return [place.module.register_forward_hook(hook)]
@@ -118,7 +122,12 @@ def _at_logits(place: Place, tap: Tap) -> list[Handle]:
 
 
 _WAYS: dict[str, Callable[[Place, Tap], list[Handle]]] = {
-    "output": _at_output, "sum": _at_sum, "input": _at_input, "stream": _at_stream, "scale": _at_scale, "sigmoid": _at_sigmoid,
+    "output": _at_output,
+    "sum": _at_sum,
+    "input": _at_input,
+    "stream": _at_stream,
+    "scale": _at_scale,
+    "sigmoid": _at_sigmoid,
     "logits": _at_logits,
 }
 

@@ -31,22 +31,36 @@ def read_experts(anatomy: Anatomy, layer: Layer, experts: list[nn.Module], route
         return
     if len(called) != 1:
         why = undecorated.refusal(layer.module) or (
-               f"layer {i} is dense: it has no experts" if not experts and not undecorated.looks_routed(layer.module) else
-               f"layer {i} computes its experts in {type(experts[0]).__name__ if experts else 'its own way'}, which does not go "
-               "through transformers' experts interface" if not called else f"layer {i} has {len(called)} sets of experts")
+            f"layer {i} is dense: it has no experts"
+            if not experts and not undecorated.looks_routed(layer.module)
+            else f"layer {i} computes experts in {type(experts[0]).__name__ if experts else 'its own way'}, outside "
+            "transformers' experts interface"
+            if not called
+            else f"layer {i} has {len(called)} sets of experts"
+        )
         for name in (*ROUTED, "shared_out", "shared_weight"):
             anatomy.put(name, i, None, why)
         return
     module = called[0]
     size = routed[id(module)]
     for name in ROUTED[1:]:
-        extra = {"expert": size["expert"], "slot": size["slot"]}
-        extra |= {"neuron": size["neuron"]} if name == "expert_hidden" else {}
-        anatomy.put(name, i, Place("experts", module), **extra)
+        width = {"neuron": size["neuron"]} if name == "expert_hidden" else {}
+        anatomy.put(name, i, Place("experts", module), "", expert=size["expert"], slot=size["slot"], **width)
     router = find_router(layer, module, size["expert"])
-    anatomy.put("router_logits", i, router, f"the router of layer {i} was not found beside its experts",
-                expert=router.module.weight.shape[0] if router else 0)  # type: ignore[union-attr]
+    anatomy.put(
+        "router_logits",
+        i,
+        router,
+        f"the router of layer {i} was not found beside its experts",
+        expert=_rows(router.module) if router else 0,
+    )
     _shared(anatomy, layer, module)
+
+
+def _rows(module: nn.Module) -> int:
+    """Rows of a module's weight: how many things a router scores."""
+    weight = getattr(module, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else 0
 
 
 def find_router(layer: Layer, experts: nn.Module, n_experts: int) -> Place | None:
@@ -72,9 +86,12 @@ def _wider_router(layer: Layer, experts: nn.Module, n_experts: int) -> Place | N
     """A router that also scores a skip or a shared expert (ZAYA, Inkling): the last linear of the module named so."""
     for name, module in layer.module.named_modules():
         if name.rpartition(".")[2] in ("router", "gate") and module is not experts:
-            linears = [c.module for c in (*layer.inside(module), *(c for c in layer.calls if c.module is module))
-                       if getattr(getattr(c.module, "weight", None), "ndim", 0) == 2]
-            rows = linears[-1].weight.shape[0] if linears else 0
+            linears = [
+                c.module
+                for c in (*layer.inside(module), *(c for c in layer.calls if c.module is module))
+                if getattr(getattr(c.module, "weight", None), "ndim", 0) == 2
+            ]
+            rows = _rows(linears[-1]) if linears else 0
             if n_experts < rows <= 2 * n_experts:
                 plain = type(linears[-1]).forward is nn.Linear.forward
                 return Place("output" if plain else "router", linears[-1])
@@ -87,7 +104,17 @@ def _shared(anatomy: Anatomy, layer: Layer, experts: nn.Module) -> None:
     i = layer.index
     found = [(name, m) for name, m in layer.module.named_modules() if SHARED.match(name.rpartition(".")[2])]
     found = [(name, m) for name, m in found if id(m) in layer.by_module]
-    anatomy.put("shared_out", i, Place("output", found[0][1]) if len(found) == 1 else None,
-                f"layer {i} has no shared expert" if not found else f"layer {i} has {len(found)} shared experts")
-    gates = [m for name, m in layer.module.named_modules() if name.endswith("shared_expert_gate") and id(m) in layer.by_module]
-    anatomy.put("shared_weight", i, Place("sigmoid", gates[0]) if gates else None, f"layer {i} has no gate on a shared expert")
+    anatomy.put(
+        "shared_out",
+        i,
+        Place("output", found[0][1]) if len(found) == 1 else None,
+        f"layer {i} has no shared expert" if not found else f"layer {i} has {len(found)} shared experts",
+    )
+    gates = [
+        m
+        for name, m in layer.module.named_modules()
+        if name.endswith("shared_expert_gate") and id(m) in layer.by_module
+    ]
+    anatomy.put(
+        "shared_weight", i, Place("sigmoid", gates[0]) if gates else None, f"layer {i} has no gate on a shared expert"
+    )

@@ -26,6 +26,7 @@ def install(hf: nn.Module, anatomy: Anatomy, taps: dict[Site, Tap], clock: Clock
     routed: dict[nn.Module, dict[str, Tap]] = {}
     recomputed: dict[nn.Module, dict[str, Tap]] = {}
     with ExitStack() as stack:
+
         def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             clock.begin(args, kwargs)
 

@@ -48,7 +48,9 @@ class Clock:
         embeds = kwargs.get("inputs_embeds")
         if ids is None and embeds is None:
             raise ValueError("the model was called with neither input_ids nor inputs_embeds")
-        batch, width = (ids if ids is not None else embeds).shape[:2]
+        given = ids if ids is not None else embeds
+        assert isinstance(given, Tensor)
+        batch, width = given.shape[:2]
         mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             seen, mask = mask.shape[1] - width, mask.bool()
@@ -59,8 +61,7 @@ class Clock:
         before = self.columns
         fresh = seen <= 0 or before is None or before.mask.shape != (batch, seen)
         if mask is None or mask.shape[1] != max(seen, 0) + width:
-            device = (ids if ids is not None else embeds).device
-            mask = torch.ones(batch, max(seen, 0) + width, dtype=torch.bool, device=device)
+            mask = torch.ones(batch, max(seen, 0) + width, dtype=torch.bool, device=given.device)
         if fresh:
             history = ids if seen <= 0 else None
             prompt = self.prompt if self.prompt is not None else mask.shape[1]
@@ -68,8 +69,8 @@ class Clock:
             assert before is not None
             history = None if before.ids is None or ids is None else torch.cat([before.ids, ids], 1)
             prompt = before.prompt
-        given = self.given if self.given is not None else mask[:, :prompt]
-        self.columns = Columns(history, mask, max(seen, 0), prompt, given)
+        layout = self.given if self.given is not None else mask[:, :prompt]
+        self.columns = Columns(history, mask, max(seen, 0), prompt, layout)
         self.shape = (batch, width)
         self.calls += 1
 
@@ -79,7 +80,9 @@ class Clock:
         if n <= total:
             return whole[:, total - n :]
         if not self.cached:
-            raise ValueError(f"an activation has {n} positions where {total} tokens have run: not one per token in this family")
+            raise ValueError(
+                f"an activation has {n} positions where {total} tokens have run: not one per token in this family"
+            )
         return torch.nn.functional.pad(whole, (0, n - total))  # a static cache: room for columns to come
 
 
@@ -119,8 +122,10 @@ class Bound:
         where = Where(str(self.site), position, mask, pos_axis)
         new = self.edit.map(part, where)
         if new.shape != part.shape or new.dtype != part.dtype or new.device != part.device:
-            raise EditError(f"{self.site}: the edit gave {list(new.shape)} {new.dtype} on {new.device}; the site holds "
-                            f"{list(part.shape)} {part.dtype} on {part.device}")
+            raise EditError(
+                f"{self.site}: the edit gave {list(new.shape)} {new.dtype} on {new.device}; the site holds "
+                f"{list(part.shape)} {part.dtype} on {part.device}"
+            )
         if self.edit.gate is not None:
             new = part + _per_token(self.edit.gate(part, where), part, pos_axis).to(part.dtype) * (new - part)
         keep = _per_token(mask, part, pos_axis)
@@ -184,7 +189,7 @@ class Tap:
 
 
 def warn_not_finite(site: Site, tensor: Tensor) -> None:
-    """Warns, naming the site, where an activation holds NaN or infinity. A finite sum proves all finite at little cost."""
+    """Warns, naming the site, where an activation is not finite. A finite sum proves that at little cost."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

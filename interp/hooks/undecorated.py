@@ -36,7 +36,7 @@ class Adapter:
 
 
 def _dbrx(module: Any, name: str, expert: int) -> Tensor:
-    return getattr(module.mlp, name).view(-1, module.ffn_hidden_size, module.hidden_size)[expert]  # type: ignore[no-any-return]
+    return getattr(module.mlp, name).view(-1, module.ffn_hidden_size, module.hidden_size)[expert]
 
 
 def _swiglu(module: Any, expert: int, x: Tensor) -> Tensor:
@@ -45,25 +45,38 @@ def _swiglu(module: Any, expert: int, x: Tensor) -> Tensor:
     gate = module.act_fn(gate)
     if limit is not None:  # Step 3.7 clamps both factors on some layers
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
-    return gate * up  # type: ignore[no-any-return]
+    return gate * up
 
 
 _CALLED = {
     "DbrxExperts": Adapter(
-        lambda m: m.num_experts, lambda m: m.ffn_hidden_size,
+        lambda m: m.num_experts,
+        lambda m: m.ffn_hidden_size,
         lambda m, e, x: m.mlp.activation_fn(x @ _dbrx(m, "w1", e).T) * (x @ _dbrx(m, "v1", e).T),
-        lambda m, e, h: h @ _dbrx(m, "w2", e), lambda m, e: [_dbrx(m, "w2", e)]),
+        lambda m, e, h: h @ _dbrx(m, "w2", e),
+        lambda m, e: [_dbrx(m, "w2", e)],
+    ),
     "LongcatFlashExperts": Adapter(
-        lambda m: m.total_experts, lambda m: m.intermediate_size, _swiglu,
-        lambda m, e, h: linear(h, m.down_proj[e]), lambda m, e: [m.down_proj[e]]),
+        lambda m: m.total_experts,
+        lambda m: m.intermediate_size,
+        _swiglu,
+        lambda m, e, h: linear(h, m.down_proj[e]),
+        lambda m, e: [m.down_proj[e]],
+    ),
     "Step3p7Experts": Adapter(
-        lambda m: m.num_experts, lambda m: m.down_proj.shape[2], _swiglu,
-        lambda m, e, h: linear(h, m.down_proj[e]), lambda m, e: [m.down_proj[e]]),
+        lambda m: m.num_experts,
+        lambda m: m.down_proj.shape[2],
+        _swiglu,
+        lambda m, e, h: linear(h, m.down_proj[e]),
+        lambda m, e: [m.down_proj[e]],
+    ),
 }
 _JETMOE = "JetMoeMoE"
 #: MoE blocks that cannot be shown as weight x output, and why.
-REFUSED = {"Llama4TextMoe": "Llama 4 multiplies an expert's input by its weight, so no weight x output exists; edit the block's "
-                            "mlp_out or shared_out instead"}
+REFUSED = {
+    "Llama4TextMoe": "Llama 4 multiplies an expert's input by its weight, so no weight x output exists; edit the "
+    "mlp_out or shared_out instead"
+}
 
 
 def find(layer: nn.Module) -> nn.Module | None:
@@ -84,7 +97,12 @@ def looks_routed(layer: nn.Module) -> bool:
 def read(anatomy: Anatomy, index: int, layer: nn.Module, module: Any) -> None:
     """Enters the expert sites of one layer with an adapter."""
     if type(module).__name__ == _JETMOE:
-        n, width, router, slots = module.output_linear.num_experts, module.hidden_size, module.router.layer, module.router.top_k
+        n, width, router, slots = (
+            module.output_linear.num_experts,
+            module.hidden_size,
+            module.router.layer,
+            module.router.top_k,
+        )
         ids: Place | None = None
     else:
         adapter = _CALLED[type(module).__name__]
@@ -98,7 +116,9 @@ def read(anatomy: Anatomy, index: int, layer: nn.Module, module: Any) -> None:
     reading = Place("undecorated", module)
     anatomy.put("expert_ids", index, ids or reading, expert=n, slot=slots)
     for name in ("expert_weight", "expert_hidden", "expert_out"):
-        anatomy.put(name, index, reading, expert=n, slot=slots, **({"neuron": width} if name == "expert_hidden" else {}))
+        anatomy.put(
+            name, index, reading, expert=n, slot=slots, **({"neuron": width} if name == "expert_hidden" else {})
+        )
 
 
 def place_taps(module: nn.Module, taps: dict[str, Tap]) -> list[Any]:
@@ -172,7 +192,9 @@ def _jetmoe_taps(module: Any, taps: dict[str, Tap]) -> list[Any]:
     def routed(mod: nn.Module, args: Any, output: Any) -> Any:
         order, batch_index, gates, sizes, logits = output
         now["order"], now["back"] = order, order.argsort()
-        owners = torch.arange(len(sizes), device=order.device).repeat_interleave(torch.tensor(sizes, device=order.device))
+        owners = torch.arange(len(sizes), device=order.device).repeat_interleave(
+            torch.tensor(sizes, device=order.device)
+        )
         now["chosen"] = shown(owners)
         if "expert_ids" in taps and taps["expert_ids"](now["chosen"]) is not now["chosen"]:
             raise ValueError("expert_ids of JetMoE can be read, not written; write router_logits instead")
@@ -200,7 +222,9 @@ def down(module: Any, expert: int, hidden: Tensor) -> Tensor:
     if type(module).__name__ == _JETMOE:
         return linear(hidden, module.output_linear.weight[expert])
     if expert >= computing(module):
-        raise ValueError(f"expert {expert} of {type(module).__name__} is an identity: it has no neurons, its output is its input")
+        raise ValueError(
+            f"expert {expert} of {type(module).__name__} is an identity: it has no neurons, its output is its input"
+        )
     return _CALLED[type(module).__name__].down(module, expert, hidden)
 
 
