@@ -151,7 +151,7 @@ class Activations(Mapping[str, Tensor]):
         if key in self.tensors:
             return self.tensors[key]
         if key.base in self.tensors:
-            return pick(self.tensors[key.base], key, self._ids(key))
+            return pick(self.tensors[key.base], key, self._ids(key), self.mask)
         raise KeyError(f"{key} was not captured; there are {self._summary()}")
 
     def _absolute(self, site: Site) -> Site:
@@ -207,8 +207,12 @@ class Activations(Mapping[str, Tensor]):
 
     def mean(self, site: str | Site) -> Tensor:
         """Mean over real tokens; what mean ablation puts back."""
-        tensor, mask = self[site], self.mask
-        return tensor[mask].mean(0) if tensor.shape[:2] == mask.shape else tensor.mean(0)
+        tensor, axes = self[site], self.axes(site)
+        if axes[:1] == ("row",):  # one expert's rows are real tokens already
+            return tensor.mean(0)
+        if axes[:2] != ("batch", "pos"):
+            raise SiteError(f"{site}: its axes are {axes}, so it has no mean over tokens")
+        return tensor[self.mask].mean(0)
 
     def to(self, *args: Any, **kwargs: Any) -> Activations:
         """Activations moved or converted as ``Tensor.to`` does; integer tensors keep their dtype."""
@@ -250,23 +254,48 @@ class Activations(Mapping[str, Tensor]):
         return f"Activations({self.model or 'model'}, {shape} tokens, {size / 2**20:.1f} MiB: {self._summary()})"
 
 
-def pick(tensor: Tensor, site: Site, ids: Tensor | None = None) -> Tensor:
-    """The part of a whole site's tensor that an indexed site names.
-
-    ``expert=`` at a routed site picks rows by the `ids` [batch, pos, slot] chosen, giving [row, ...].
-    """
+def narrow(tensor: Tensor, site: Site) -> Tensor:
+    """The view of a whole site's tensor that the site's index names, a chosen expert aside (it picks rows)."""
     axes = list(site.kind.axes)
-    index = dict(site.index)
-    expert = index.pop("expert", None) if site.kind.routed else None
-    for key, value in index.items():
+    for key, value in site.index:
+        if key == "expert" and site.kind.routed:
+            continue
         axis = axes.index(site.kind.index[key])
         tensor = tensor.select(axis, value)
         axes.pop(axis)
-    if expert is not None:
-        if ids is None:
-            raise SiteError(f"{site}: the chosen experts are unknown; capture 'expert_ids[{site.layer}]' too")
-        tensor = tensor[ids == expert]
     return tensor
+
+
+def pick(tensor: Tensor, site: Site, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """The part of a whole site's tensor that an indexed site names.
+
+    ``expert=`` at a routed site picks rows by the `ids` [batch, pos, slot] chosen, giving [row, ...]; padding, where
+    `mask` [batch, pos] is False, is left out.
+    """
+    rows = _rows(site, ids, mask)
+    part = narrow(tensor, site)
+    return part if rows is None else part[rows]
+
+
+def put(tensor: Tensor, site: Site, part: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """A copy of `tensor` in which `part` stands where `pick` would take it from."""
+    out = tensor.clone()
+    rows, target = _rows(site, ids, mask), narrow(out, site)
+    if rows is None:
+        target.copy_(part)
+    else:
+        target[rows] = part
+    return out
+
+
+def _rows(site: Site, ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """True where the chosen expert is the site's [batch, pos, slot]; None for a site that names no expert."""
+    expert = dict(site.index).get("expert") if site.kind.routed else None
+    if expert is None:
+        return None
+    if ids is None:
+        raise SiteError(f"{site}: the chosen experts are unknown; capture 'expert_ids[{site.layer}]' too")
+    return ids == expert if mask is None else (ids == expert) & mask[..., None]
 
 
 def _ranges(layers: list[str]) -> str:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from interp.scope import Scope
-from interp.sites import KINDS, Pattern
+from interp.sites import KINDS, Pattern, Site
 
 
 class EditError(ValueError):
@@ -154,14 +154,14 @@ class Replay:
     acts: Mapping[Any, Tensor]
 
     def __call__(self, h: Tensor, where: Where) -> Tensor:
-        return Replace(self.value(where.site, where.pos_axis))(h, where)
+        return Replace(self.value(where.site))(h, where)
 
-    def value(self, site: str, pos_axis: int) -> Tensor:
+    def value(self, site: str) -> Tensor:
         """The activation with entry 0 at each row's first real token."""
         value, mask = self.acts[site], getattr(self.acts, "mask", None)
         if mask is None or bool(mask[:, 0].all()):
             return value
-        if pos_axis != 1:
+        if Site.parse(site).name == "pattern":
             raise EditError(
                 f"freeze at {site}: these activations are padded on the left, so their keys have other "
                 "columns; capture them padded on the right"
@@ -179,7 +179,7 @@ class Noise:
     block = 128
 
     def __call__(self, h: Tensor, where: Where) -> Tensor:
-        if where.pos_axis != 1:
+        if Site.parse(where.site).name == "pattern":
             raise EditError(f"{where.site}: noise is defined for sites with axes [batch, pos, ...]")
         width, rows = h[0, 0].numel(), []
         blocks = int(where.position.max()) // self.block + 1
@@ -249,7 +249,7 @@ def _per_token(value: Tensor, h: Tensor, where: Where) -> Tensor:
     column = torch.arange(place.shape[1], device=place.device)
     if value.shape == h.shape and bool(((place == column) | ~where.mask).all()):
         return value
-    if axis != 1:
+    if Site.parse(where.site).name == "pattern":
         raise EditError(
             f"{where.site}: the batch is padded on the left, so its keys have other columns than the value's; "
             "pad it on the right"
@@ -320,5 +320,5 @@ def freeze(site: Any, acts: Mapping[Any, Tensor], **how: Any) -> Edit:
             "whole layer, and expert_ids with it"
         )
     if pattern.concrete and not (isinstance(pattern.layers, int) and pattern.layers < 0):
-        replay.value(str(site), kind.pos_axis)  # what is missing is missed now, not in the middle of a run
+        replay.value(str(site))  # what is missing is missed now, not in the middle of a run
     return Edit(site, replay, **{"name": "freeze", "scope": Scope.prompt(), **how})

@@ -6,6 +6,7 @@ laid it out. So a scope picks the same tokens with a cache (one new column per c
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,11 @@ def generate(
             0,
         )
         kwargs["pad_token_id"] = next(i[0] if isinstance(i, list) else i for i in ids if i is not None)
-    recorder = Recorder(m.with_routing(m.resolve(capture)), m.fragile) if capture is not None else None
+    recorder = None
+    if capture is not None:
+        recorder = Recorder(m.with_routing(m.resolve(capture)), m.fragile, m.about(), copy=True)
+        if Site("logits") in recorder.wanted and "logits_to_keep" in inspect.signature(m.hf.forward).parameters:
+            kwargs.setdefault("logits_to_keep", 0)  # all of them; generation itself asks for the last one only
     m.clock.prompt, m.clock.given = left.ids.shape[1], given.mask
     try:
         with ExitStack() as stack:
@@ -74,5 +79,5 @@ def generate(
     )
     acts = None
     if recorder is not None:
-        acts = recorder.activations(Tokens(ids[:, :-1], mask[:, :-1]), **m.about())
+        acts = recorder.activations(Tokens(ids[:, :-1], mask[:, :-1]))
     return Generation(texts, Tokens(ids, mask, given.texts), left.ids.shape[1], acts)

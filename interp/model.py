@@ -248,7 +248,7 @@ class Model:
         tokens = self.tokens(x)
         out = None
         while True:
-            recorder = Recorder(wanted, self.fragile, grad=grad, check=check)
+            recorder = Recorder(wanted, self.fragile, self.about(), grad=grad, check=check)
             with (
                 self.using(Use(recorder=recorder)),
                 stopping(self, wanted, logits),
@@ -267,7 +267,7 @@ class Model:
             if not overwritten:
                 break
             self.fragile |= overwritten
-        acts = recorder.activations(tokens, **self.about())
+        acts = recorder.activations(tokens)
         if logits and out is not None:
             acts.logits = out.logits
         return acts
@@ -317,7 +317,7 @@ class Model:
     @contextmanager
     def recording(self, sites: str | Site | Iterable[str | Site], *, check: bool = True) -> Iterator[Recorder]:
         """Records `sites` in whatever runs inside; ``rec.activations()`` is the last sequence, generation included."""
-        recorder = Recorder(self.with_routing(self.resolve(sites)), self.fragile, check=check)
+        recorder = Recorder(self.with_routing(self.resolve(sites)), self.fragile, self.about(), check=check, copy=True)
         with self.using(Use(recorder=recorder)):
             yield recorder
 

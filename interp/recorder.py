@@ -2,16 +2,20 @@
 
 Activations are kept as they are, not copied: a forward pass normally never writes into a tensor it has handed on. Some
 families do (Falcon adds attention into the MLP's output in place), so each tensor's version counter is noted when it is
-read. If one has moved on by the end, the site is known from then on as one whose tensor must be kept apart.
+read. If one has moved on by the end, the site is known from then on as one whose tensor must be kept apart, and
+``Model.capture`` runs again. What cannot run again (somebody else's call, a generation) is copied from the start.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from interp.activations import Activations, Tokens, pick
+from interp.activations import Activations, Tokens, pick, put
 from interp.hooks.tap import Clock, warn_not_finite
+from interp.scope import Columns
 from interp.sites import Site
 
 
@@ -21,38 +25,57 @@ class Recorder:
     Attributes:
         wanted: sites to keep, by whole site; an indexed site keeps only its part.
         fragile: whole sites whose tensor the model overwrites; shared with the model that owns it.
+        about: what every `Activations` says of the model.
     """
 
-    def __init__(self, sites: list[Site], fragile: set[Site], *, grad: bool = False, check: bool = True) -> None:
+    def __init__(
+        self,
+        sites: list[Site],
+        fragile: set[Site],
+        about: dict[str, Any],
+        *,
+        grad: bool = False,
+        check: bool = True,
+        copy: bool = False,
+    ) -> None:
         self.wanted: dict[Site, list[Site]] = {}
         for site in sites:
             self.wanted.setdefault(site.base, []).append(site)
-        self.fragile, self.grad, self.check = fragile, grad, check
+        self.fragile, self.about, self.grad, self.check, self.copy = fragile, about, grad, check, copy
         self.kept: dict[Site, list[Tensor]] = {}
         self._ids: dict[int | None, Tensor] = {}
         self._watch: list[tuple[Site, Tensor, int]] = []
-        self._clock: Clock | None = None
+        self._columns: Columns | None = None
+        self._call = -1
 
     def __call__(self, site: Site, h: Tensor, clock: Clock) -> Tensor | None:
-        self._clock = clock
-        columns = clock.columns
-        assert columns is not None
+        columns = clock.now
+        if columns.start == 0 and clock.calls != self._call:  # a new sequence begins
+            self.kept.clear()
+        self._call, self._columns = clock.calls, columns
         kept = h if self.grad else h.detach()
+        if site.name in ("k", "v") and columns.start:
+            kept = kept[:, -clock.shape[1] :]
         if site.name == "expert_ids":
             self._ids[site.layer] = kept
-        if columns.start == 0:
-            for wanted in self.wanted[site]:
-                self.kept[wanted] = []
-        elif site.name in ("k", "v"):
-            kept = kept[:, -clock.shape[1] :]
+        apart = self.copy or site in self.fragile or h.is_inference()
         twin = None
-        if site in self.fragile or h.is_inference():
-            twin = h.clone()
-        elif not any(p.index for p in self.wanted[site]) or len(self.wanted[site]) > 0:
+        if apart and self.grad and h.requires_grad:
+            twin = h.clone()  # what is kept stays in the graph: the model goes on with its twin
+        elif apart:
+            kept = kept.clone()
+        elif any(not wanted.index for wanted in self.wanted[site]):
             self._watch.append((site, h, h._version))
+        mask = clock.cut(columns.mask, h.shape[1]).to(h.device) if site.kind.routed else None
         for wanted in self.wanted[site]:
-            part = pick(kept, wanted, self._ids.get(site.layer)) if wanted.index else kept
-            self.kept[wanted].append(part)
+            part = kept
+            if wanted.index:
+                part = pick(kept, wanted, self._ids.get(site.layer), mask)
+                if self.grad and part.requires_grad:  # the model goes on with the part that is kept
+                    twin = put(kept if twin is None else twin, wanted, part, self._ids.get(site.layer), mask)
+                else:
+                    part = part.clone()  # so that the rest of the tensor can go
+            self.kept.setdefault(wanted, []).append(part)
             if self.check:
                 warn_not_finite(wanted, part)
         return twin
@@ -67,16 +90,16 @@ class Recorder:
         self._watch.clear()
         return found
 
-    def activations(self, tokens: Tokens | None = None, **about: object) -> Activations:
+    def activations(self, tokens: Tokens | None = None) -> Activations:
         """What was kept; several calls of one sequence are joined along its positions."""
+        if self._columns is None:
+            raise RuntimeError("nothing was recorded: the model did not run inside the context")
         if tokens is None:
-            columns = self._clock.columns if self._clock else None
-            if columns is None:
-                raise RuntimeError("nothing was recorded: the model did not run inside the context")
+            columns = self._columns
             ids = columns.ids if columns.ids is not None else torch.zeros_like(columns.mask, dtype=torch.long)
             tokens = Tokens(ids, columns.mask)
         joined = {site: _join(site, parts) for site, parts in self.kept.items() if parts}
-        return Activations(tokens, joined, **about)  # type: ignore[arg-type]
+        return Activations(tokens, joined, **self.about)
 
 
 def _join(site: Site, parts: list[Tensor]) -> Tensor:

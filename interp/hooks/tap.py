@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.activations import narrow
 from interp.edits import Edit, EditError, Where
 from interp.scope import Columns
 from interp.sites import Site
@@ -39,6 +40,16 @@ class Clock:
         self.given: Tensor | None = None
         self.calls = 0
         self.cached = False
+
+    @property
+    def now(self) -> Columns:
+        """The columns of the running call."""
+        if self.columns is None:
+            raise RuntimeError(
+                "a layer ran outside a call of the model itself, so it is unknown which tokens it sees; "
+                "call the model (m(...) or m.hf(...)), not a part of it"
+            )
+        return self.columns
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads a forward call's arguments."""
@@ -96,28 +107,21 @@ class Bound:
     _cache: tuple[int, Tensor] | None = None
 
     def scope(self, clock: Clock) -> Tensor:
-        assert clock.columns is not None
         if self._cache is None or self._cache[0] != clock.calls:
-            self._cache = (clock.calls, self.edit.scope(clock.columns))
+            self._cache = (clock.calls, self.edit.scope(clock.now))
         return self._cache[1]
 
     def __call__(self, h: Tensor, clock: Clock, ids: Tensor | None) -> Tensor:
         """`h` with this edit done to it; `ids` [batch, pos, slot] are the chosen experts at routed sites."""
         kind, index = self.site.kind, dict(self.site.index)
-        columns = clock.columns
-        assert columns is not None
+        columns = clock.now
         n = h.shape[kind.pos_axis]
         mask = clock.cut(self.scope(clock), n).to(h.device)
         if not bool(mask.any()):
             return h
         expert = index.pop("expert", None) if kind.routed else None
-        axes = list(kind.axes)
-        part = h
-        for key, value in index.items():
-            axis = axes.index(kind.index[key])
-            part = part.select(axis, value)
-            axes.pop(axis)
-        pos_axis = next(i for i, a in enumerate(axes) if a in ("pos", "query"))
+        part, gone = narrow(h, self.site), {kind.index[key] for key in index}
+        pos_axis = [a for a in kind.axes if a not in gone].index(kind.axes[kind.pos_axis])
         position = clock.cut(columns.position, n).to(h.device)
         where = Where(str(self.site), position, mask, pos_axis)
         new = self.edit.map(part, where)
@@ -141,13 +145,7 @@ class Bound:
         if not index:
             return new
         out = h.clone()
-        target = out
-        axes = list(kind.axes)
-        for key, value in index.items():
-            axis = axes.index(kind.index[key])
-            target = target.select(axis, value)
-            axes.pop(axis)
-        target.copy_(new)
+        narrow(out, self.site).copy_(new)
         return out
 
 
