@@ -54,6 +54,9 @@ class Tokens:
         order = self.mask.long().argsort(dim=1, descending=side == "right", stable=True)
         return Tokens(self.ids.gather(1, order), self.mask.gather(1, order), self.texts, self.offsets)
 
+    def to(self, device: torch.device | str) -> Tokens:
+        return Tokens(self.ids.to(device), self.mask.to(device), self.texts, self.offsets)
+
     def row(self, i: int) -> Tensor:
         """Ids of row i without padding [pos]."""
         return self.ids[i][self.mask[i]]
@@ -215,14 +218,15 @@ class Activations(Mapping[str, Tensor]):
         return tensor[self.mask].mean(0)
 
     def to(self, *args: Any, **kwargs: Any) -> Activations:
-        """Activations moved or converted as ``Tensor.to`` does; integer tensors keep their dtype."""
+        """Activations moved or converted as ``Tensor.to`` does, tokens with them; integer tensors keep their dtype."""
 
         def move(t: Tensor) -> Tensor:
             return t.to(*args, **kwargs) if t.is_floating_point() else t.to(*args, **kwargs).to(t.dtype)
 
         moved = {site: move(t) for site, t in self.tensors.items()}
         logits = None if self.logits is None else move(self.logits)
-        return Activations(self.tokens, moved, logits, self.model, self.n_experts, self.rotary)
+        tokens = self.tokens.to(self.mask.to(*args, **kwargs).device)
+        return Activations(tokens, moved, logits, self.model, self.n_experts, self.rotary)
 
     def detach(self) -> Activations:
         moved = {site: t.detach() for site, t in self.tensors.items()}

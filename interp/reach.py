@@ -71,8 +71,11 @@ def expand(m: Model, pattern: Pattern) -> list[Site]:
     having = anatomy.having(pattern.name) if kind.layered else []
     layers = pattern.layers
     if isinstance(layers, slice):
-        span = range(m.n_layers)[layers]
-        sites = pattern.expand(having, partial(size, m))
+        span = range(m.n_layers)[layers]  # counted in the model's layers, whichever of them have the site
+        if not span:
+            raise SiteError(f"{pattern.text}: the slice is empty; {m.name} has layers 0..{m.n_layers - 1}")
+        every = Pattern(pattern.name, slice(None), pattern.index, pattern.text)
+        sites = every.expand([i for i in having if i in span], partial(size, m))
         if not sites:
             why = next(
                 (anatomy.absent.get((pattern.name, i)) for i in span if (pattern.name, i) in anatomy.absent), None
@@ -98,6 +101,7 @@ def _in_range(m: Model, site: Site, text: str) -> Site:
     for key, value in site.index:
         n = size(m, site.name, site.layer, key)
         if not -n <= value < n:
-            raise SiteError(f"{text}: {key}={value} is out of range; layer {site.layer} has {key} 0..{n - 1}")
+            here = m.name if site.layer is None else f"layer {site.layer}"
+            raise SiteError(f"{text}: {key}={value} is out of range; {here} has {key} 0..{n - 1}")
         index.append((key, value % n))
     return Site(site.name, site.layer, tuple(index))

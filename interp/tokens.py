@@ -41,15 +41,16 @@ def tokenize(
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"tokens: expected integer ids [batch, pos], got {x.dtype} {list(x.shape)}")
         return _checked(Tokens(ids.long(), torch.ones_like(ids, dtype=torch.bool)), vocab, limit, truncate, device)
-    if hasattr(x, "keys") and "input_ids" in x:
+    if hasattr(x, "keys") and "input_ids" in x:  # what a tokenizer returns
+        ids, mask = x["input_ids"], x.get("attention_mask")
+        if isinstance(ids, Tensor) and mask is not None:
+            x = Tokens(torch.atleast_2d(ids).long(), torch.atleast_2d(mask).bool())
+        elif mask is not None and ids and not isinstance(ids[0], int):
+            x = [[i for i, real in zip(row, kept, strict=True) if real] for row, kept in zip(ids, mask, strict=True)]
+        else:
+            x = ids
         return tokenize(
-            x["input_ids"],
-            tokenizer,
-            vocab=vocab,
-            context=context,
-            device=device,
-            max_length=max_length,
-            truncate=truncate,
+            x, tokenizer, vocab=vocab, context=context, device=device, max_length=max_length, truncate=truncate
         )
     rows = [x] if isinstance(x, str) or (isinstance(x, Sequence) and x and isinstance(x[0], int)) else list(x)
     if not rows:

@@ -230,7 +230,7 @@ def run_probe(hf: nn.Module) -> Tensor | None:
     """A forward pass on a few tokens, in evaluation mode and without gradients; its logits."""
     weight = hf.get_input_embeddings().weight  # type: ignore[operator]
     ids = torch.arange(1, 1 + PROBE_TOKENS, device=weight.device)[None] % weight.shape[0]
-    training = hf.training
+    training = [(module, module.training) for module in hf.modules()]  # a part may be in another mode than the whole
     try:
         hf.eval()
         with torch.no_grad():
@@ -241,7 +241,8 @@ def run_probe(hf: nn.Module) -> Tensor | None:
             f"{type(error).__name__}: {error}"
         ) from error
     finally:
-        hf.train(training)
+        for module, mode in training:
+            module.training = mode
     return getattr(out, "logits", None)
 
 
