@@ -124,6 +124,8 @@ def _checked(tokens: Tokens, vocab: int, limit: int | None, truncate: bool, devi
         raise ValueError(
             f"tokens: id {bad} is outside the vocabulary 0..{vocab - 1}; is this the model's own tokenizer?"
         )
+    ids = ids.where(mask, ids.clamp(0, vocab - 1))  # padding may hold anything (-100), but an embedding is looked up
+    tokens = Tokens(ids, mask, tokens.texts, tokens.offsets)
     longest = int(lengths.max())
     if limit is not None and longest > limit:
         if not truncate:
@@ -134,4 +136,4 @@ def _checked(tokens: Tokens, vocab: int, limit: int | None, truncate: bool, devi
         tokens = tokens.padded("right")
         offsets = [row[:limit] for row in tokens.offsets] if tokens.offsets else None
         tokens = Tokens(tokens.ids[:, :limit], tokens.mask[:, :limit], tokens.texts, offsets)
-    return Tokens(tokens.ids.to(device), tokens.mask.to(device).bool(), tokens.texts, tokens.offsets)
+    return tokens.to(device)
