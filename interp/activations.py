@@ -96,13 +96,16 @@ class ExpertActivations:
         return torch.bincount(self.ids[self.mask].flatten(), minlength=self.n_experts)
 
     def frame(self) -> pd.DataFrame:
-        """One line per (token, slot): batch, position, slot, layer, expert, weight and, if captured, norms."""
+        """One line per (token, slot): batch, position, slot, layer, expert, weight and, if captured, norms.
+
+        ``position`` counts real tokens, as in a trace, whatever the padding.
+        """
         import pandas as pd
 
         batch, pos, slot = torch.broadcast_to(self.mask[..., None], self.ids.shape).nonzero(as_tuple=True)
         columns: dict[str, Any] = {
             "batch": batch,
-            "position": pos,
+            "position": (self.mask.long().cumsum(1) - 1)[batch, pos],
             "slot": slot,
             "layer": self.layer,
             "expert": self.ids[batch, pos, slot],
@@ -158,11 +161,17 @@ class Activations(Mapping[str, Tensor]):
         raise KeyError(f"{key} was not captured; there are {self._summary()}")
 
     def _absolute(self, site: Site) -> Site:
-        if site.layer is None or site.layer >= 0:
-            return site
-        layers = [s.layer for s in self.tensors if s.name == site.name and s.layer is not None]
-        top = max(layers, default=-1) + 1
-        return Site(site.name, site.layer + top, site.index)
+        """The site with its layer and indices counted from the front."""
+        layer = site.layer
+        if layer is not None and layer < 0:
+            layer += 1 + max((s.layer for s in self.tensors if s.name == site.name and s.layer is not None), default=-1)
+        index = []
+        for key, value in site.index:
+            n = self._size(site.name, layer, key) if Site(site.name, layer) in self.tensors else 0
+            if n and not -n <= value < n:
+                raise KeyError(f"{site}: {key}={value} is out of range; there are {key} 0..{n - 1}")
+            index.append((key, value % n if n else value))
+        return Site(site.name, layer, tuple(index))
 
     def _ids(self, site: Site) -> Tensor | None:
         return self.tensors.get(Site("expert_ids", site.layer)) if site.kind.routed else None
@@ -181,10 +190,14 @@ class Activations(Mapping[str, Tensor]):
         return torch.stack(parts)
 
     def _size(self, name: str, layer: int | None, key: str) -> int:
+        """How many indices `key` has at a site: all of them, or up to the highest that was captured."""
         site = Site(name, layer)
-        if name.startswith("expert") and key == "expert":
+        if site.kind.routed and key == "expert":
             return self.n_experts
-        return self.tensors[site].shape[site.kind.axes.index(site.kind.index[key])]
+        if site in self.tensors:
+            return self.tensors[site].shape[site.kind.axes.index(site.kind.index[key])]
+        kept = (dict(s.index).get(key, -1) for s in self.tensors if s.base == site)
+        return 1 + max(kept, default=-1)
 
     def __iter__(self) -> Iterator[str]:
         return (str(site) for site in self.sites)
@@ -194,6 +207,7 @@ class Activations(Mapping[str, Tensor]):
 
     def experts(self, layer: int) -> ExpertActivations:
         """The routed experts of one layer. KeyError where none of its expert sites was captured."""
+        layer = self._absolute(Site("expert_ids", layer)).layer  # type: ignore[assignment]
 
         def get(name: str) -> Tensor | None:
             return self.tensors.get(Site(name, layer))

@@ -120,6 +120,11 @@ class Site:
     layer: int | None = None
     index: tuple[tuple[str, int], ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(self.index) > 1:  # one order, so that one place has one name
+            order = list(self.kind.index)
+            object.__setattr__(self, "index", tuple(sorted(self.index, key=lambda pair: order.index(pair[0]))))
+
     @classmethod
     def parse(cls, text: str | Site, *, rotary: bool | None = None) -> Site:
         """The site that `text` names. Raises SiteError for an unknown name or for a pattern (see `Pattern.parse`)."""
