@@ -182,7 +182,7 @@ def problems(found: dict[str, Any]) -> list[dict[str, str]]:
     if not cpu["bfloat16"]:
         add(
             "fast bfloat16 on the processor",
-            f"{cpu['name']} ({cpu['vector']}) has no bfloat16 arithmetic; it is emulated, up to ten times slower than float32",
+            f"{cpu['name']} ({cpu['vector']}) has no bfloat16 arithmetic; emulated, it is up to ten times slower",
             'keep dtype="float32" for computing; bfloat16 is still half the size on disk',
         )
     if len(found["devices"]) == 1:

@@ -216,7 +216,11 @@ MOE_FAMILIES |= {
     ),
     "qwen3_omni_moe": Family(
         # Its positions read a token id that the config class does not declare.
-        "qwen3_omni_moe_thinker", MOE, {"vision_start_token_id": 5}, TEXT_ONLY, "Qwen3OmniMoeThinkerForConditionalGeneration"
+        "qwen3_omni_moe_thinker",
+        MOE,
+        {"vision_start_token_id": 5},
+        TEXT_ONLY,
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
     ),
     "qwen3_vl_moe": Family("qwen3_vl_moe", MOE, {}, TEXT_ONLY, "Qwen3VLMoeForConditionalGeneration"),
     "unlimited_ocr": Family(
