@@ -54,8 +54,8 @@ class Recorder:
             self.kept.clear()
         self._call, self._columns = clock.calls, columns
         kept = h if self.grad else h.detach()
-        if site.name in ("k", "v") and columns.start:
-            kept = kept[:, -clock.shape[1] :]
+        if clock.cached and site.name in ("k", "v", "pattern"):
+            kept = _from_cache(site, kept, columns)
         if site.name == "expert_ids":
             self._ids[site.layer] = kept
         apart = self.copy or site in self.fragile or h.is_inference()
@@ -100,6 +100,19 @@ class Recorder:
             tokens = Tokens(ids, columns.mask)
         joined = {site: _join(site, parts) for site, parts in self.kept.items() if parts}
         return Activations(tokens, joined, **self.about)
+
+
+def _from_cache(site: Site, tensor: Tensor, columns: Columns) -> Tensor:
+    """What a call with a cache adds: its own keys and values, and a pattern over every column so far.
+
+    A sliding window's cache holds the newest columns only, a static one has room for columns to come.
+    """
+    total, axis = columns.mask.shape[1], 3 if site.name == "pattern" else 1
+    gap = max(0, total - tensor.shape[axis])  # columns that have left the window
+    tensor = tensor.narrow(axis, 0, total - gap)
+    if site.name == "pattern":
+        return torch.nn.functional.pad(tensor, (gap, 0))
+    return tensor[:, columns.start - gap :]
 
 
 def _join(site: Site, parts: list[Tensor]) -> Tensor:

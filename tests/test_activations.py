@@ -39,14 +39,26 @@ def routed(moe: Model) -> Activations:
 
 
 AXES = {
-    "embed": (2, 7, 32), "resid_post[1]": (2, 7, 32), "q[1]": (2, 7, 4, 16), "k[1]": (2, 7, 2, 16),
-    "v[1]": (2, 7, 2, 16), "pattern[1]": (2, 4, 7, 7), "z[1]": (2, 7, 4, 16), "mlp_hidden[1]": (2, 7, 40), "ln1_scale[1]": (2, 7, 1),
-    "ln_final_scale": (2, 7, 1), "logits": (2, 7, 101),
-}  # fmt: skip
+    "embed": (2, 7, 32),
+    "resid_post[1]": (2, 7, 32),
+    "q[1]": (2, 7, 4, 16),
+    "k[1]": (2, 7, 2, 16),
+    "v[1]": (2, 7, 2, 16),
+    "pattern[1]": (2, 4, 7, 7),
+    "z[1]": (2, 7, 4, 16),
+    "mlp_hidden[1]": (2, 7, 40),
+    "ln1_scale[1]": (2, 7, 1),
+    "ln_final_scale": (2, 7, 1),
+    "logits": (2, 7, 101),
+}
 ROUTED_AXES = {
-    "router_logits[1]": (2, 7, 8), "expert_ids[1]": (2, 7, 2), "expert_weight[1]": (2, 7, 2),
-    "expert_hidden[1]": (2, 7, 2, 24), "expert_out[1]": (2, 7, 2, 32), "mlp_out[1]": (2, 7, 32),
-}  # fmt: skip
+    "router_logits[1]": (2, 7, 8),
+    "expert_ids[1]": (2, 7, 2),
+    "expert_weight[1]": (2, 7, 2),
+    "expert_hidden[1]": (2, 7, 2, 24),
+    "expert_out[1]": (2, 7, 2, 32),
+    "mlp_out[1]": (2, 7, 32),
+}
 
 
 @pytest.mark.parametrize(("site", "shape"), [*AXES.items(), *ROUTED_AXES.items()])

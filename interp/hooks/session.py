@@ -6,6 +6,7 @@ all on leaving, also when an exception passes through. Nothing else in the toolk
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,7 +29,8 @@ def install(hf: nn.Module, anatomy: Anatomy, taps: dict[Site, Tap], clock: Clock
     with ExitStack() as stack:
 
         def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            clock.begin(args, kwargs)
+            names = ["input_ids", *list(inspect.signature(hf.forward).parameters)[1:]] if args else []
+            clock.begin({**dict(zip(names, args, strict=False)), **kwargs})
 
         stack.callback(hf.register_forward_pre_hook(start, with_kwargs=True).remove)
         for site, tap in taps.items():

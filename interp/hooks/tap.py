@@ -51,11 +51,9 @@ class Clock:
             )
         return self.columns
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Reads a forward call's arguments."""
+    def begin(self, kwargs: dict[str, Any]) -> None:
+        """Reads a forward call's arguments, by name."""
         ids = kwargs.get("input_ids")
-        if ids is None and args and isinstance(args[0], Tensor):
-            ids = args[0]
         embeds = kwargs.get("inputs_embeds")
         if ids is None and embeds is None:
             raise ValueError("the model was called with neither input_ids nor inputs_embeds")
@@ -63,25 +61,28 @@ class Clock:
         assert isinstance(given, Tensor)
         batch, width = given.shape[:2]
         mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            seen, mask = mask.shape[1] - width, mask.bool()
+        plain = isinstance(mask, Tensor) and mask.dim() == 2
+        if isinstance(mask, Tensor) and plain:
+            seen = max(mask.shape[1] - width, 0)
         else:
             seen = int(past.get_seq_length()) if past is not None else 0
-            mask = None
         self.cached = past is not None
         before = self.columns
-        fresh = seen <= 0 or before is None or before.mask.shape != (batch, seen)
-        if mask is None or mask.shape[1] != max(seen, 0) + width:
-            mask = torch.ones(batch, max(seen, 0) + width, dtype=torch.bool, device=given.device)
+        fresh = seen == 0 or before is None or before.mask.shape != (batch, seen)
+        mask = _tokens(mask, seen + width)
+        if mask is None or mask.shape[1] != seen + width:
+            mask = torch.ones(batch, seen + width, dtype=torch.bool, device=given.device)
+        if before is not None and not fresh and not plain:  # a window hides old columns, or the caller says nothing
+            mask = torch.cat([before.mask, mask[:, seen:]], 1)
         if fresh:
-            history = ids if seen <= 0 else None
+            history = ids if seen == 0 else None
             prompt = self.prompt if self.prompt is not None else mask.shape[1]
         else:
             assert before is not None
             history = None if before.ids is None or ids is None else torch.cat([before.ids, ids], 1)
             prompt = before.prompt
         layout = self.given if self.given is not None else mask[:, :prompt]
-        self.columns = Columns(history, mask, max(seen, 0), prompt, layout)
+        self.columns = Columns(history, mask, seen, prompt, layout)
         self.shape = (batch, width)
         self.calls += 1
 
@@ -95,6 +96,19 @@ class Clock:
                 f"an activation has {n} positions where {total} tokens have run: not one per token in this family"
             )
         return torch.nn.functional.pad(whole, (0, n - total))  # a static cache: room for columns to come
+
+
+def _tokens(mask: Any, total: int) -> Tensor | None:
+    """True at the columns that hold tokens [batch, column], from a plain mask or from who may attend to whom."""
+    if isinstance(mask, dict):  # one for each kind of layer
+        kinds = [t for t in (_tokens(m, total) for m in mask.values()) if t is not None]
+        return torch.stack(kinds).any(0) if kinds else None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask.bool()
+    may = mask >= 0 if mask.is_floating_point() else mask.bool()  # [batch, 1, query, key]; additive: 0 or very low
+    return may.any(2).any(1)[:, :total]
 
 
 @dataclass
