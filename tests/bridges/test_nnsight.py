@@ -205,10 +205,10 @@ def test_our_contexts_work_around_a_trace(opened: dict[str, Any]) -> None:
 def test_at_one_module_nnsight_acts_first(opened: dict[str, Any]) -> None:
     m, lm = opened["llama"]
     before = m.capture(IDS, "resid_post[1]")["resid_post[1]"]
-    with m.intervene(edits.add("resid_post[1]", 1.0)), m.recording("resid_post[1]") as rec:
-        with lm.trace(IDS), torch.no_grad():
-            seen = lm.model.layers[1].output.clone().save()
-            lm.model.layers[1].output[:] *= 2
+    edit = edits.add("resid_post[1]", 1.0)
+    with m.intervene(edit), m.recording("resid_post[1]") as rec, lm.trace(IDS), torch.no_grad():
+        seen = lm.model.layers[1].output.clone().save()
+        lm.model.layers[1].output[:] *= 2
     recorded = rec.activations()["resid_post[1]"]
     assert torch.allclose(seen, before, atol=1e-5)
     assert torch.allclose(recorded, 2 * before + 1, atol=1e-5)
