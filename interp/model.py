@@ -13,6 +13,7 @@ Nothing of the underlying model is touched until a context is entered, and on le
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -140,11 +141,17 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the configuration and of every weight's name, shape, dtype and 1,024 evenly spread values."""
-        digest = hashlib.sha256(type(self.hf).__name__.encode())
+        """A hash of the configuration and of every weight's name, shape, dtype and 1,024 evenly spread values.
+
+        Masks (Boolean tensors) count whole. Where the model came from does not count.
+        """
+        told = {"transformers_version", "dtype", "torch_dtype"}
+        config = {k: v for k, v in self.hf.config.to_dict().items() if not k.startswith("_") and k not in told}
+        digest = hashlib.sha256((type(self.hf).__name__ + json.dumps(config, sort_keys=True, default=str)).encode())
         for name, tensor in sorted({**dict(self.hf.named_parameters()), **dict(self.hf.named_buffers())}.items()):
             flat = tensor.detach().flatten()
-            spread = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu().contiguous()
+            step = 1 if flat.dtype == torch.bool else max(1, flat.numel() // 1024)
+            spread = flat[::step][: None if step == 1 else 1024].float().cpu().contiguous()
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode() + spread.numpy().tobytes())
         return digest.hexdigest()
 

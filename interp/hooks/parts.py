@@ -266,6 +266,8 @@ def _feed_forward(
     before_mlp: Call | None,
     routed: dict[int, dict[str, Any]],
 ) -> None:
+    from interp.hooks import undecorated
+
     i, top = layer.index, layer.top
     assert top is not None
     parallel = [c for c in layer.mlps if exit_ is not None and c.module is not exit_.module]
@@ -296,14 +298,15 @@ def _feed_forward(
         )
 
     experts = _experts_of(layer.module)
-    dense = body is not None and not _experts_of(body) and not hasattr(body, "router")
+    refused = undecorated.refusal(layer.module)
+    dense = body is not None and not _experts_of(body) and not hasattr(body, "router") and not refused
     down = layer.last_linear(body) if dense and body is not None else exit_ if body is None else None
     width = down.source.shape[-1] if down is not None and down.source is not None else 0
     anatomy.put(
         "mlp_hidden",
         i,
         Place("input", down.module) if down else None,
-        f"layer {i} is a mixture of experts; its neurons are expert_hidden[{i}]"
+        refused or f"layer {i} is a mixture of experts; its neurons are expert_hidden[{i}]"
         if experts or body is not None
         else f"layer {i} has no MLP of its own",
         neuron=width,

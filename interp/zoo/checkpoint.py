@@ -48,6 +48,8 @@ def open_directory(
 
     refuse_remote_code(path, trust_remote_code)
     _refuse_without_weights(path, allow_pickle)
+    if read_config(path).get("model_type") == "monet":
+        import interp.monet  # noqa: F401 - makes the architecture known to transformers
     options = {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code is True,
