@@ -1,4 +1,4 @@
-"""A Monet checkpoint opened like any other model: by directory, with the general sites, and a fingerprint of its mask."""
+"""A Monet checkpoint opened like any other: by directory, with the general sites, a fingerprint that knows its mask."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from interp import edits
 from interp.monet import MonetConfig, MonetForCausalLM, MonetMask
 from interp.sites import SiteError
 
-SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 EXPERTS = {"moe_experts": 8, "moe_dim": 4, "moe_heads": 2, "moe_topk": 3, "moe_groups": 2}
 
 
 @pytest.fixture(params=["horizontal", "vertical"])
 def hf(request):
     torch.manual_seed(0)
-    return MonetForCausalLM(MonetConfig(**SIZES, **EXPERTS, moe_decompose=request.param)).eval()
+    return MonetForCausalLM(MonetConfig(**SIZES, **HEADS, **EXPERTS, moe_decompose=request.param)).eval()
 
 
 def test_a_checkpoint_opens_by_its_directory(hf, tmp_path):
