@@ -20,9 +20,9 @@ A dataset is one directory::
     README.md, croissant.json  the card for people, the metadata for machines
 
 How it is made, from the bottom: `disk` (whole files or none, checksums, locks), `tensors` (safetensors as a stream),
-`documents` (texts to windows), `plan` (settings), `moments` and `experts` (what is summed, what is sorted), `parts` (one
-shard of every site), `manifest` (records to one dataset), `write` (the loop), `rows` and `dataset` (reading), `verify`,
-`export`, `card` and `croissant`.
+`documents` (texts to windows), `plan` (settings), `moments` and `experts` (what is summed, what is sorted), `parts`
+(one shard of every site), `manifest` (records to one dataset), `write` (the loop), `rows` and `dataset` (reading),
+`verify`, `export`, `card` and `croissant`.
 """
 
 from __future__ import annotations

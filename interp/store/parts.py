@@ -1,14 +1,15 @@
 """One part of a dataset: run the model over some windows and lay the rows out on disk.
 
 A part is at most `shard_tokens` tokens. Its number of rows is known from its tokens before the model runs, so each
-site's file is begun at once and grows batch by batch: memory holds a few batches, however large the dataset. Writing
-and hashing happen in two other threads while the model works on the next batch. (Routed experts are the exception: they
-are collected for one part, to be sorted by expert.)
+site's file is begun at once and grows batch by batch: memory holds a few batches, however large the dataset. Writing,
+hashing and summing happen in other threads while the model works on the next batch. (Routed experts are the exception:
+they are collected for one part, to be sorted by expert.)
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from collections import deque
@@ -33,6 +34,7 @@ from interp.store.plan import Plan
 from interp.store.tensors import header, raw, save
 
 FOLDERS = ("tokens", "shards")
+_LANES = min(4, max(2, os.cpu_count() or 1))
 _IN_FLIGHT = 1 << 27  # bytes that may wait to be written before the model has to
 
 
@@ -42,29 +44,29 @@ class Workbench:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
         self.files: list[Staged] = []
-        # One thread each: writing is the kernel copying, hashing and summing is arithmetic, and neither needs the
-        # interpreter. A thread works in the order in which it was asked, so a file's bytes stay in order.
+        # Writing is the kernel copying, hashing and summing are arithmetic, and none of them needs the interpreter.
+        # A lane is one thread, which works in the order in which it was asked, so a file's bytes stay in order.
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="store-write")
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="store-hash")
-        self._waiting: deque[tuple[Future[None], Future[None], int]] = deque()
+        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix="store-sum") for _ in range(_LANES)]
+        self._lane: dict[Staged, int] = {}
+        self._waiting: deque[tuple[list[Future[None]], int]] = deque()
         self._bytes = 0
 
     def stage(self, stem: str, suffix: str) -> Staged:
         staged = Staged(self.scratch, stem, suffix)
         self.files.append(staged)
+        self._lane[staged] = len(self._lane)
         return staged
 
     def append(self, staged: Staged, rows: Tensor, moments: Moments | None = None) -> None:
         """Queue rows to be written and summed; waits when too much is queued. Errors of earlier writes come out here.
         """
         data = raw(rows)
-
-        def account() -> None:
-            staged.digest(data)
-            if moments is not None:
-                moments.add(rows)
-
-        self._waiting.append((self._writing.submit(staged.put, data), self._hashing.submit(account), len(data)))
+        lane = self._lane[staged]
+        jobs = [self._writing.submit(staged.put, data), self._lanes[lane % _LANES].submit(staged.digest, data)]
+        if moments is not None:
+            jobs.append(self._lanes[(lane + 1) % _LANES].submit(moments.add, rows))
+        self._waiting.append((jobs, len(data)))
         self._bytes += len(data)
         while self._bytes > _IN_FLIGHT:
             self._settle()
@@ -77,10 +79,10 @@ class Workbench:
             staged.close()
 
     def _settle(self) -> None:
-        written, accounted, size = self._waiting.popleft()
+        jobs, size = self._waiting.popleft()
         self._bytes -= size
-        written.result()
-        accounted.result()
+        for job in jobs:
+            job.result()
 
     def publish(self, root: Path) -> dict[str, dict[str, Any]]:
         """Move the finished files to their places; gives each file's entry for the manifest by its stem."""
@@ -93,8 +95,8 @@ class Workbench:
 
     def close(self) -> None:
         """Stop the threads and remove what was not published."""
-        self._writing.shutdown(wait=True, cancel_futures=True)
-        self._hashing.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._writing, *self._lanes):
+            pool.shutdown(wait=True, cancel_futures=True)
         self._waiting.clear()
         for staged in self.files:
             staged.discard()

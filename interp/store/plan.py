@@ -74,15 +74,17 @@ class Plan:
 
 
 def make_plan(model: Any, sites: str | Site | Sequence[str | Site], documents: int | None, *, dtype: Any, context: int,
-              batch_size: int, shard_tokens: int, documents_per_range: int | None, seed: int, empty: str,
+              batch_size: int, shard_tokens: int | None, documents_per_range: int | None, seed: int, empty: str,
               card: dict[str, Any]) -> Plan:
     """Check the arguments of `store.write` against the model and bring them into one form."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise StoreError(f"dtype={dtype!r}: a dataset keeps {', '.join(DTYPES)}")
     numbers = {"context": context, "batch_size": batch_size, "shard_tokens": shard_tokens,
-               "documents_per_range": documents_per_range or 1}
+               "documents_per_range": documents_per_range}
     for argument, value in numbers.items():
+        if value is None and argument not in ("context", "batch_size"):
+            continue  # chosen below
         if not isinstance(value, int) or value < 1:
             raise StoreError(f"{argument}={value!r}: expected a whole number of at least 1")
     if model.n_ctx and context > model.n_ctx:
@@ -92,6 +94,8 @@ def make_plan(model: Any, sites: str | Site | Sequence[str | Site], documents: i
         raise StoreError(f"sites={sites!r}: no site was asked for")
     for site in resolved:
         _check_storable(site)
+    if shard_tokens is None:
+        shard_tokens = 1 << (15 if any(site.name == "expert_hidden" for site in resolved) else 17)
     return Plan(
         model=model.fingerprint, model_dtype=str(model.dtype).removeprefix("torch."),
         tokenizer=tokenizer_fingerprint(model.tokenizer), n_experts=int(model.n_experts),
@@ -99,9 +103,21 @@ def make_plan(model: Any, sites: str | Site | Sequence[str | Site], documents: i
         shard_tokens=shard_tokens, documents_per_range=documents_per_range or max(1, shard_tokens // context),
         seed=seed, empty=empty, documents=documents, model_name=model.name,
         # Under an open `intervene` context the activations are those of the edited model, which is another dataset.
-        edits=tuple(map(str, getattr(model, "active_edits", ()))), card=card, versions=_versions(),
+        edits=tuple(_describe(bound) for use in model.uses for bound in use.edits), card=card, versions=_versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def _describe(bound: Any) -> str:
+    """An edit in force at a site as one line: its name, scope and settings, tensors by their hash."""
+    settings = []
+    for key, value in vars(bound.edit.map).items():
+        if isinstance(value, torch.Tensor):
+            value = hashlib.sha256(value.detach().cpu().float().numpy().tobytes()).hexdigest()[:12]
+        if isinstance(value, str | int | float):
+            settings.append(f"{key}={value}")
+    gate = ", gated" if bound.edit.gate else ""
+    return f"{bound.edit.name}({', '.join(settings)}) at {bound.site}, scope {bound.edit.scope.text!r}{gate}"
 
 
 def _check_storable(site: Site) -> None:

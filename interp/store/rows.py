@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,10 +37,11 @@ class SiteRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, key: int | slice | Sequence[int] | Tensor) -> Tensor:
+    def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Rows as an ordinary tensor: one row for a number, else [row, ...]. A copy, except within one shard."""
         n = len(self)
-        if isinstance(key, int):
+        if isinstance(key, int | np.integer):
+            key = int(key)
             if not -n <= key < n:
                 raise IndexError(f"{self.site}: row {key} is out of range; there are {n}")
             return self._span(key % n, key % n + 1)[0]
@@ -48,7 +50,7 @@ class SiteRows:
             if step == 1:
                 return self._span(start, max(start, stop))
             return self.gather(torch.arange(n)[key] if step > 0 else torch.tensor(range(n)[key], dtype=torch.int64))
-        index = torch.as_tensor(key)
+        index = key if isinstance(key, Tensor) else torch.tensor(key)
         if index.dtype == torch.bool:
             if len(index) != n:
                 raise IndexError(f"{self.site}: a mask of {len(index)} for {n} rows")

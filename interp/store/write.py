@@ -42,7 +42,7 @@ def write(
     dtype: str | torch.dtype = "bfloat16",
     context: int = 128,
     batch_size: int = 8,
-    shard_tokens: int = 32768,
+    shard_tokens: int | None = None,
     documents_per_range: int | None = None,
     seed: int = 0,
     empty: str = "raise",
@@ -80,7 +80,8 @@ def write(
         dtype: of the stored floats: ``bfloat16``, ``float16`` or ``float32``. Whole numbers are stored as int32.
         context: tokens per window at most, including what the tokenizer puts before a text.
         batch_size: windows per forward pass. Part of the plan, since padding changes results in the last digits.
-        shard_tokens: tokens per shard at most. Expert tables of one shard are held in memory.
+        shard_tokens: tokens per shard at most; by default 131,072, or 32,768 where ``expert_hidden`` is stored, because
+            the expert tables of one shard are sorted in memory.
         documents_per_range: documents in one unit of work; by default as many as fill one shard at full length.
         seed: of the order in which `ActivationDataset.batches` shuffles unless told otherwise.
         empty: a document without text is an error (``"raise"``) or is left out (``"skip"``).

@@ -1,4 +1,4 @@
-"""DOC-05, Croissant (Akhtar et al. 2024): the metadata validates, the records read back, the hashes are those of the files.
+"""DOC-05, Croissant (Akhtar et al. 2024): the metadata validates, the records read back, the hashes are the files'.
 
 Offline: sockets are forbidden while the reference implementation (mlcroissant) works.
 """

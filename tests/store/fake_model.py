@@ -52,7 +52,7 @@ class FakeModel:
     n_layers = N_LAYERS
     n_experts, top_k = N_EXPERTS, TOP_K
     device = torch.device("cpu")
-    active_edits: tuple[str, ...] = ()
+    uses: tuple[Any, ...] = ()
 
     def __init__(self, seed: int = 0, *, dtype: torch.dtype = torch.float32, pause: float = 0.0,
                  poison: int | None = None, scale: float = 1.0, salt: str = "") -> None:

@@ -27,7 +27,8 @@ def test_indexing_is_that_of_a_tensor(ds):
     n = len(rows)
     mask = torch.arange(n) % 5 == 1
     for key in (0, -1, n - 1, slice(None), slice(3, 4), slice(10, 200), slice(-7, None), slice(5, 2), slice(0, n, 13),
-                slice(None, None, -3), [5, 1, 1, 300], torch.tensor([-1, 0]), mask, torch.randperm(n)):
+                slice(None, None, -3), [5, 1, 1, 300], torch.tensor([-1, 0]), mask, torch.randperm(n), np.int64(7),
+                np.array([2, 250]), mask.numpy()):
         expected = rows[list(range(n))[key]] if isinstance(key, slice) else rows[key]
         assert torch.equal(lazy[key], expected), key
     for key in (n, -n - 1, [0, n], torch.ones(3, dtype=torch.bool)):

@@ -48,7 +48,7 @@ def test_experts_are_those_of_capture_and_outputs_come_back(olmoe, tmp_path):
     ids, weights = ds.routing(1)
     frame = ds.frame()
     for i, doc in enumerate(docs):
-        rows = frame[frame.document == i].row.to_numpy()
+        rows = torch.tensor(frame[frame.document == i].row.to_numpy())
         experts = olmoe.capture([doc], ["expert_weight[1]"]).experts(1)
         assert torch.equal(ids[rows], experts.ids[0])
         torch.testing.assert_close(weights[rows], experts.weights[0], rtol=1e-4, atol=1e-5)
@@ -84,10 +84,32 @@ def test_sites_that_a_family_lacks_are_refused_before_anything_is_made(llama, tm
 
 
 def test_an_edited_model_stores_edited_activations(llama, tmp_path):
-    docs = documents(4)
+    def write(**where):
+        return store.write(llama, documents(4), ["resid_post[1]"], tmp_path / "ds", context=16, progress=False)
+
+    torch.manual_seed(0)
     with llama.intervene(edits.zero("resid_post[1]")):
-        ds = store.write(llama, docs, ["resid_post[1]"], tmp_path / "ds", context=16, progress=False)
+        ds = write()
     assert not ds["resid_post[1]"][:].any()
+    assert len(ds.manifest["edits"]) == 1
+    assert "resid_post[1]" in ds.manifest["edits"][0]
+    assert ds.manifest["edits"][0] in (ds.path / "README.md").read_text()
+    torch.manual_seed(0)
+    with pytest.raises(store.Mismatch, match="edits: the dataset has zero"):
+        write()
+
+
+def test_another_vector_is_another_edit(llama, tmp_path):
+    docs = documents(2)
+
+    def write(vector):
+        with llama.intervene(edits.add("resid_post[0]", vector)):
+            return store.write(llama, docs, ["resid_post[1]"], tmp_path / "ds", context=16, progress=False)
+
+    vector = torch.randn(llama.d_model)
+    assert write(vector).content_sha256 == write(vector.clone()).content_sha256
+    with pytest.raises(store.Mismatch, match="edits"):
+        write(vector + 1)
 
 
 def test_smollm2_from_text(smollm2, tmp_path):

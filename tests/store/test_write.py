@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from interp import store
 from interp.sites import Site
 
 SITES = ["resid_post[*]", "z[1]", "z[1, head=1]", "expert_ids[2]", "embed", "ln1_scale[0]"]
@@ -178,16 +177,6 @@ def test_text_is_the_only_thing_that_matters_not_how_it_came(write, fake):
     assert a.content_sha256 == b.content_sha256
     names = [sorted(p.name for p in (ds.path / "shards").iterdir()) for ds in (a, b)]
     assert names[0] == names[1]
-
-
-def test_edits_in_force_are_part_of_the_dataset(write, fake):
-    model = fake.FakeModel()
-    model.active_edits = ("zero(z[0])",)
-    ds = write(model=model)
-    assert ds.manifest["edits"] == ["zero(z[0])"]
-    assert "zero(z[0])" in (ds.path / "README.md").read_text()
-    with pytest.raises(store.Mismatch, match="edits"):
-        write()
 
 
 def test_nothing_but_the_dataset_is_left(write):
