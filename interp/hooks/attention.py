@@ -11,12 +11,13 @@ A module that is not tapped goes straight through, and outside our contexts the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from interp.hooks.functions import PatternMode
+from interp.hooks.lending import lent, original
 from interp.hooks.tap import Tap
 
 PREFIX = "interp_"
@@ -146,20 +147,16 @@ def implementation(hf: nn.Module, *, eager: bool = False) -> Iterator[None]:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     attribute = "_attn_implementation_internal"
-    before = [(c, getattr(c, attribute)) for c in configs_of(hf, attribute)]
-    try:
-        for config, name in before:
-            base = "eager" if eager else str(name or "eager").removeprefix(PREFIX)
+    with ExitStack() as stack:
+        for config in configs_of(hf, attribute):
+            base = "eager" if eager else str(original(config, attribute) or "eager")
             if base not in ALL_MASK_ATTENTION_FUNCTIONS:
                 continue
             if PREFIX + base not in ALL_MASK_ATTENTION_FUNCTIONS:
                 AttentionInterface.register(PREFIX + base, _attend)
                 AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
-            setattr(config, attribute, Name(base))
+            stack.enter_context(lent(config, attribute, Name(base), strong=eager))
         yield
-    finally:
-        for config, name in before:
-            setattr(config, attribute, name)
 
 
 @contextmanager

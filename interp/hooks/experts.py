@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from interp.hooks.attention import PREFIX, configs_of
+from interp.hooks.lending import lent, original
 from interp.hooks.tap import Tap
 
 NAME = PREFIX + "experts"
+ATTRIBUTE = "_experts_implementation_internal"
 _live: dict[int, dict[str, Tap]] = {}
-_base: dict[int, str] = {}
 _observers: dict[int, dict[int, dict[str, int]]] = {}
 
 
@@ -33,7 +34,7 @@ def delegate(module: nn.Module) -> Callable[..., Tensor]:
     """The implementation that would have run: the registered one, or the family's own loop ("eager")."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    name = _base.get(id(module.config), "eager")
+    name = original(module.config, ATTRIBUTE) or "eager"
     if name in ALL_EXPERTS_FUNCTIONS:
         return ALL_EXPERTS_FUNCTIONS[name]
     return inspect.unwrap(type(module).forward)
@@ -126,20 +127,12 @@ def implementation(hf: nn.Module) -> Iterator[None]:
     """Puts our function in the place of each config's experts implementation, and back."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    attribute = "_experts_implementation_internal"
     if NAME not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(NAME, _mix)
-    before = [(c, getattr(c, attribute)) for c in configs_of(hf, attribute)]
-    try:
-        for config, name in before:
-            _base[id(config)] = _base.get(id(config), "eager") if name == NAME else (name or "eager")
-            setattr(config, attribute, NAME)
+    with ExitStack() as stack:
+        for config in configs_of(hf, ATTRIBUTE):
+            stack.enter_context(lent(config, ATTRIBUTE, NAME))
         yield
-    finally:
-        for config, name in before:
-            setattr(config, attribute, name)
-            if name != NAME:
-                _base.pop(id(config), None)
 
 
 @contextmanager
