@@ -112,7 +112,9 @@ def load(
     if _is_bridge(source):
         from interp.bridges.transformer_lens import from_bridge
 
-        return from_bridge(source)
+        if dtype is not None or device is not None:
+            raise LoadError("load: source is a TransformerBridge; boot it with the dtype and device you want")
+        return from_bridge(source, tokenizer)
     loaded = resolve(
         source,
         tokenizer,

@@ -464,7 +464,9 @@ def test_bridge_goes_to_its_own_module(monkeypatch):
 
     bridge = type("TransformerBridge", (), {"__module__": "transformer_lens.model_bridge"})()
     module = types.ModuleType("interp.bridges.transformer_lens")
-    module.from_bridge = lambda given: ("bridged", given)
+    module.from_bridge = lambda given, tokenizer: ("bridged", given, tokenizer)
     monkeypatch.setitem(sys.modules, "interp.bridges", types.ModuleType("interp.bridges"))
     monkeypatch.setitem(sys.modules, "interp.bridges.transformer_lens", module)
-    assert interp.load(bridge) == ("bridged", bridge)
+    assert interp.load(bridge, "its tokenizer") == ("bridged", bridge, "its tokenizer")
+    with pytest.raises(LoadError, match="boot it with the dtype and device"):
+        interp.load(bridge, dtype="bfloat16")
