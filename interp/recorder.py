@@ -70,9 +70,10 @@ class Recorder:
         for wanted in self.wanted[site]:
             part = kept
             if wanted.index:
-                part = pick(kept, wanted, self._ids.get(site.layer), mask)
+                now = kept if twin is None else twin
+                part = pick(now, wanted, self._ids.get(site.layer), mask)
                 if self.grad and part.requires_grad:  # the model goes on with the part that is kept
-                    twin = put(kept if twin is None else twin, wanted, part, self._ids.get(site.layer), mask)
+                    twin = put(now, wanted, part, self._ids.get(site.layer), mask)
                 else:
                     part = part.clone()  # so that the rest of the tensor can go
             self.kept.setdefault(wanted, []).append(part)
@@ -92,10 +93,9 @@ class Recorder:
 
     def activations(self, tokens: Tokens | None = None) -> Activations:
         """What was kept; several calls of one sequence are joined along its positions."""
-        if self._columns is None:
-            raise RuntimeError("nothing was recorded: the model did not run inside the context")
         if tokens is None:
-            columns = self._columns
+            if (columns := self._columns) is None:
+                raise RuntimeError("nothing was recorded: the model did not run inside the context")
             ids = columns.ids if columns.ids is not None else torch.zeros_like(columns.mask, dtype=torch.long)
             tokens = Tokens(ids, columns.mask)
         joined = {site: _join(site, parts) for site, parts in self.kept.items() if parts}
