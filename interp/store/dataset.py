@@ -53,7 +53,7 @@ class ActivationDataset:
         starts: number of the first row of each part [part].
     """
 
-    def __init__(self, dir: str | os.PathLike[str], *, partial: bool = False) -> None:
+    def __init__(self, dir: str | os.PathLike[str], partial: bool = False) -> None:
         self.path = Path(dir)
         self.plan = read_plan(self.path)
         self.complete = (self.path / "manifest.json").exists()
@@ -307,6 +307,10 @@ class ActivationDataset:
             a, b = max(start - first, 0), min(stop - first, rows)
             if a < b:
                 yield part, a, b
+
+    def __reduce__(self) -> Any:
+        """A copy, also in another process (the worker of a DataLoader), opens the files for itself."""
+        return ActivationDataset, (str(self.path), not self.complete)
 
     def __repr__(self) -> str:
         size = self.manifest["bytes"] / 2**20

@@ -98,6 +98,9 @@ class Documents:
         self.text_column, self.empty = text_column, empty
         self.label_column = labels if isinstance(labels, str) else None
         self.labels: Any = None if isinstance(labels, str) else _plain(labels)
+        if isinstance(texts, Mapping):  # a DatasetDict, say: going through it would take its keys for texts
+            raise StoreError(f"texts has the parts {', '.join(map(str, texts))}; give one of them, or their texts as "
+                             "one list with labels=...")
         if not isinstance(self.texts, Iterable):
             raise StoreError(f"texts={texts!r}: expected texts, token ids or a dataset, not {type(texts).__name__}")
         self.count = _length(self.texts)

@@ -38,7 +38,7 @@ class SiteRows:
         return self.shape[0]
 
     def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Rows as an ordinary tensor: one row for a number, else [row, ...]. A copy, except within one shard."""
+        """Rows as an ordinary tensor of their own: one row for a number, else [row, ...]."""
         n = len(self)
         if isinstance(key, int | np.integer):
             key = int(key)
@@ -74,12 +74,10 @@ class SiteRows:
 
     def _span(self, start: int, stop: int) -> Tensor:
         pieces = [self._shard(p)[a:b] for p, a, b in self._dataset.spans(start, stop)]
-        if len(pieces) == 1:
-            return pieces[0]
         return torch.cat(pieces) if pieces else torch.empty(0, *self.shape[1:], dtype=self.dtype)
 
     def shards(self) -> Iterator[Tensor]:
-        """The rows shard by shard [row, ...], memory-mapped, in order."""
+        """The rows shard by shard [row, ...] in order, without a copy: do not write into them."""
         return (self._shard(part) for part in range(self._dataset.n_parts))
 
     def _shard(self, part: int) -> Tensor:

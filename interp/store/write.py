@@ -9,6 +9,7 @@ run stopped), so a resumed dataset has the same files as an unbroken one, and wo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from interp.store.dataset import ActivationDataset
 from interp.store.disk import dump_json, explained, write_atomic, writer_lock
 from interp.store.documents import Document, Documents, Range
 from interp.store.errors import Mismatch, NotADataset, StoreError
-from interp.store.manifest import RANGES, finish, read_record, record_path
+from interp.store.manifest import RANGES, file_entries, finish, read_record, record_path
 from interp.store.parts import FOLDERS, Workbench, split, write_part
 from interp.store.plan import Plan, begin, make_plan
 from interp.store.progress import Progress
@@ -114,8 +115,10 @@ def write(
         _check_free(root)
         for folder in (*FOLDERS, RANGES):
             (root / folder).mkdir(exist_ok=True)
-    with explained(root, "writing"), writer_lock(root, worker, n_workers) as scratch:
-        job = _Job(root, scratch, model, documents, begin(root, plan, scratch))
+    with ExitStack() as stack:
+        with explained(root, "opening the dataset"):
+            scratch = stack.enter_context(writer_lock(root, worker, n_workers))
+            job = _Job(root, scratch, model, documents, begin(root, plan, scratch))
         with Progress(progress, documents.count) as bar:
             n_ranges = job.run(worker, n_workers, bar)
         finish(root, job.plan, n_ranges, scratch)
@@ -149,7 +152,8 @@ class _Job:
                     if complete:
                         raise Mismatch(f"dir={str(self.root)!r} is complete and has fewer documents than texts now has "
                                        f"(more than {span.first}); write to a new directory")
-                    self.write_range(span, bar)
+                    with explained(self.root, "writing"):
+                        self.write_range(span, bar)
                 elif record["text_sha256"] != span.sha256:
                     raise Mismatch(f"dir={str(self.root)!r}: documents {span.first} to {span.first + span.count - 1} "
                                    "of texts, or their labels, are not those that the dataset holds; give the same "
@@ -177,7 +181,16 @@ class _Job:
                 site |= files[site["file"]]
         record = {"range": span.index, "first_document": span.first, "documents": span.count, "parts": parts,
                   "text_sha256": span.sha256, "label_type": label_type}
-        write_atomic(record_path(self.root, span.index), dump_json(record), scratch=self.scratch)
+        path = record_path(self.root, span.index)
+        if not write_atomic(path, dump_json(record), exclusive=True, scratch=self.scratch):
+            self.withdraw(record)
+
+    def withdraw(self, record: dict[str, Any]) -> None:
+        """Remove the files of a range that someone else, with another division of the work, has committed meanwhile."""
+        theirs = {entry["file"] for entry in file_entries(read_record(self.root, record["range"]) or record)}
+        for entry in file_entries(record):
+            if entry["file"] not in theirs:
+                (self.root / entry["file"]).unlink(missing_ok=True)
 
 
 def _label_type(documents: Sequence[Document]) -> str | None:

@@ -45,6 +45,7 @@ def test_an_empty_text_is_named_or_left_out(write, nothing):
     ([{"words": "a"}], None, "text_column='text': the dataset has the columns words"),
     ([3.5], None, r"texts\[0\] is float"),
     (7, None, "texts=7"),
+    ({"law": ["a"], "code": ["b"]}, None, "texts has the parts law, code; give one of them"),
 ])
 def test_labels_and_texts_that_do_not_fit(write, texts, labels, named):
     with pytest.raises(store.StoreError, match=named):
@@ -165,6 +166,16 @@ def failing(monkeypatch, code: int, after: int):
         return real(fd, data)
 
     monkeypatch.setattr(disk.os, "write", write)
+
+
+def test_an_error_of_the_texts_is_not_taken_for_one_of_the_disk(write):
+    def texts():
+        yield "one"
+        raise PermissionError(errno.EACCES, "the corpus is locked")
+
+    with pytest.raises(PermissionError, match="the corpus is locked") as seen:
+        write(texts())
+    assert not isinstance(seen.value, store.DiskError)
 
 
 @pytest.mark.parametrize("after", [0, 500, 3000, 9000, 20_000])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -49,9 +51,13 @@ def test_a_site_that_is_not_there_is_named_with_those_that_are(ds, site):
             ask()
 
 
-def test_writing_to_what_was_read_does_not_reach_the_disk(ds):
-    before = ds["resid_post[0]"][:].clone()
-    ds["resid_post[0]"][0:2].zero_()
+def test_writing_to_what_was_read_changes_neither_the_disk_nor_the_next_reading(ds):
+    before = ds["resid_post[0]"][:]
+    for key in (0, slice(0, 2), [0, 1], torch.arange(2)):
+        ds["resid_post[0]"][key].zero_()
+    ds.expert(1, 0).hidden.zero_()
+    assert torch.equal(ds["resid_post[0]"][:], before)
+    assert torch.equal(ds.expert(1, 0).hidden, store.open(ds.path).expert(1, 0).hidden)
     assert torch.equal(store.open(ds.path)["resid_post[0]"][:], before)
     assert store.verify(ds.path).empty
 
@@ -192,6 +198,14 @@ def test_hugging_face_dataset(ds):
         assert not streaming or hf.num_shards == ds.n_parts
         assert [r["label"].item() for r in got] == ds.frame().label.tolist()
         assert [r["token_id"].item() for r in got] == ds.frame().token_id.tolist()
+
+
+def test_a_copy_opens_the_files_for_itself(ds):
+    ds["resid_post[0]"][:]
+    other = copy.copy(ds)
+    assert other is not ds
+    assert not other._open
+    assert torch.equal(other["resid_post[0]"][:], ds["resid_post[0]"][:])
 
 
 def test_repr_tells_size(ds):

@@ -140,6 +140,26 @@ def test_one_worker_alone_leaves_the_dataset_open_until_the_rest_is_done(write, 
     assert last.content_sha256 == write(texts, dir="other", documents_per_range=5).content_sha256
 
 
+def test_a_range_that_two_workers_did_is_kept_once(write, fake):
+    """Two divisions of the work can meet in one range; who commits second gives way, whatever its numbers."""
+    texts = fake.texts(12)
+
+    class Late(fake.FakeModel):
+        def capture(self, x, sites, **options):
+            if not self.calls:
+                write(texts, worker=1, n_workers=3, documents_per_range=4)  # range 1, while this one is at it
+            acts = super().capture(x, sites, **options)
+            for tensor in acts.tensors.values():
+                tensor += 1
+            return acts
+
+    ds = write(texts, model=Late(), worker=1, n_workers=2, documents_per_range=4)
+    assert not ds.complete
+    whole = write(texts, dir="whole", documents_per_range=4)
+    assert write(texts, documents_per_range=4).content_sha256 == whole.content_sha256
+    assert store.verify(ds.path).empty
+
+
 def in_background(fake, tmp_path, **options) -> int:
     """A writer that is certainly at work when this returns."""
     flag = tmp_path / "at-work"
