@@ -294,7 +294,7 @@ class Model:
         """Runs the model with `edits` in force: Edits, lists of them, or anything that has ``as_edits(model)``.
 
         Contexts nest; edits at one site act outermost first, then left to right. Gives a handle whose ``trace()`` tells
-        which tokens were edited.
+        which tokens were edited. Under gradient checkpointing layers run again in the backward pass: call it inside.
         """
         bound = [Bound(self._bind(edit), site) for edit in self._flat_edits(edits) for site in self.resolve(edit.site)]
         with self.using(Use(edits=bound)):

@@ -136,7 +136,8 @@ def test_the_scale_of_a_norm_is_what_it_divides_by(family: str, dtype: torch.dty
 def test_the_mode_of_autograd_changes_no_value(family: str, mode: Any) -> None:
     m = model(family)
     want = m.capture(IDS, everything(m), logits=True)
-    change = [edits.scale(f"{name}[1]", 1.5) for name in ("resid_pre", "z", "mlp_out")]
+    change = [edits.scale(f"{name}[1]", 1.5) for name in ("resid_pre", "z", "mlp_out", "resid_post")]
+    change += [edits.scale("resid_mid[1]", 1.5)] if family in ("llama", "olmoe", "bloom") else []
     with m.intervene(change):
         edited = m(IDS)
     with mode():
@@ -289,6 +290,21 @@ def test_weights_can_be_trained_under_an_edit() -> None:
     assert not bool(used[:, :16].any()), "the head that was zeroed has no gradient in the weights that read it"
     assert bool(used[:, 16:].any())
     assert not torch.equal(m.hf.lm_head.weight, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpoint")
+def test_gradient_checkpointing_runs_the_edits_again() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        m = model("llama")
+        m.hf.train()
+        if checkpointing:
+            m.hf.gradient_checkpointing_enable()
+        with m.intervene(edits.add("attn_out[1]", 1.0), edits.scale("z[1]", 2.0)):
+            m.hf(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        grads.append(m.hf.model.layers[0].mlp.up_proj.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+    assert bool(grads[0].any())
 
 
 # -- tensors that the model overwrites -------------------------------------------------------------------------
