@@ -224,7 +224,8 @@ def elsewhere(environment: Any, options: dict[str, Any]) -> Iterator[dict[str, A
     try:
         found = again({**options, "peers": environment.method}, environment.folder())
     except RuntimeError as error:
-        yield {"case": options["cases"].partition(",")[0], "method": environment.title, "environment": "", "note": f"not run: {error}"}
+        case = options["cases"].partition(",")[0]
+        yield {"case": case, "method": environment.title, "environment": "", "note": f"not run: {error}"}
         return
     for row in found["runs"][0]["rows"]:
         if row["method"] == "interp" or row["method"].startswith(("TransformerLens", "nnterp")):
