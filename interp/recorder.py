@@ -8,13 +8,14 @@ read. If one has moved on by the end, the site is known from then on as one whos
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from interp.activations import Activations, Tokens, pick, put
-from interp.hooks.tap import Clock, warn_not_finite
+from interp.hooks.tap import Clock
 from interp.scope import Columns
 from interp.sites import Site
 
@@ -45,15 +46,17 @@ class Recorder:
         self.kept: dict[Site, list[Tensor]] = {}
         self._ids: dict[int | None, Tensor] = {}
         self._watch: list[tuple[Site, Tensor, int]] = []
+        self._sums: list[tuple[Site, Tensor, Tensor]] = []
         self._columns: Columns | None = None
         self._call = -1
 
     def __call__(self, site: Site, h: Tensor, clock: Clock) -> Tensor | None:
         columns = clock.now
         if columns.start == 0 and clock.calls != self._call:  # a new sequence begins
+            self._warn()
             self.kept.clear()
         self._call, self._columns = clock.calls, columns
-        kept = h if self.grad else h.detach()
+        kept, here = h if self.grad else h.detach(), self.wanted[site]
         if clock.cached and site.name in ("k", "v", "pattern"):
             kept = _from_cache(site, kept, columns)
         if site.name == "expert_ids":
@@ -64,10 +67,10 @@ class Recorder:
             twin = h.clone()  # what is kept stays in the graph: the model goes on with its twin
         elif apart:
             kept = kept.clone()
-        elif any(not wanted.index for wanted in self.wanted[site]):
+        elif any(not wanted.index for wanted in here):
             self._watch.append((site, h, h._version))
         mask = clock.cut(columns.mask, h.shape[1]).to(h.device) if site.kind.routed else None
-        for wanted in self.wanted[site]:
+        for wanted in here:
             part = kept
             if wanted.index:
                 now = kept if twin is None else twin
@@ -77,9 +80,25 @@ class Recorder:
                 else:
                     part = part.clone()  # so that the rest of the tensor can go
             self.kept.setdefault(wanted, []).append(part)
-            if self.check:
-                warn_not_finite(wanted, part)
+            if self.check and part.is_floating_point():
+                # A finite sum proves every value finite. It is taken now, while the tensor is in the processor's cache,
+                # and looked at in the end with all others, so that a GPU is waited for once and not at every site.
+                wide = torch.float32 if part.dtype == torch.float16 else None  # half precision ends at 65504
+                self._sums.append((wanted, part, part.detach().sum(dtype=wide)))
         return twin
+
+    def _warn(self) -> None:
+        """Warns, naming the site, where an activation was not finite."""
+        sums, self._sums = self._sums, []
+        if not sums:
+            return
+        total = torch.stack([s.float().to(sums[0][2].device) for _, _, s in sums])
+        for i in (~total.isfinite()).nonzero().flatten().tolist():
+            site, part, _ = sums[i]
+            if bad := int((~part.isfinite()).sum()):  # else only the sum has run over
+                warnings.warn(
+                    f"{site}: {bad} of {part.numel()} values are NaN or infinite", RuntimeWarning, stacklevel=4
+                )
 
     def missed(self) -> list[Site]:
         """Sites that the run never reached: somebody else's change stood in the way, or the layer was skipped."""
@@ -93,6 +112,7 @@ class Recorder:
 
     def activations(self, tokens: Tokens | None = None) -> Activations:
         """What was kept; several calls of one sequence are joined along its positions."""
+        self._warn()
         if tokens is None:
             if (columns := self._columns) is None:
                 raise RuntimeError("nothing was recorded: the model did not run inside the context")

@@ -9,7 +9,6 @@ set by a hook on the model itself, so calls that somebody else makes (``model.hf
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,11 +197,3 @@ class Tap:
         if h.dim() == 2 and h.shape[0] == batch * width and len(self.site.kind.axes) == 3:
             return self(h.unflatten(0, (batch, width))).flatten(0, 1)
         return self(h)
-
-
-def warn_not_finite(site: Site, tensor: Tensor) -> None:
-    """Warns, naming the site, where an activation is not finite. A finite sum proves that at little cost."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32))):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            warnings.warn(f"{site}: {bad} of {tensor.numel()} values are NaN or infinite", RuntimeWarning, stacklevel=3)
