@@ -136,8 +136,8 @@ def _swap(tap: Tap | None, tensor: Tensor) -> Tensor:
 
 def configs_of(hf: nn.Module, attribute: str) -> list[Any]:
     """Every configuration object in use by a module of the model that carries `attribute`, once each."""
-    found = {id(c): c for m in hf.modules() if hasattr(c := getattr(m, "config", None), attribute)}
-    return list(found.values())
+    found = {id(c): c for m in hf.modules() if (c := vars(m).get("config")) is not None}
+    return [c for c in found.values() if hasattr(c, attribute)]
 
 
 @contextmanager
