@@ -9,6 +9,7 @@ shown beside it. CPU time, which waiting for a busy core does not lengthen, is m
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -23,6 +24,10 @@ class Times:
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> float:
+        return min(self.wall)
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,22 @@ class Ratio:
         return cls(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, *, warmups: int = 1, seed: int = 0,
-               wait: Callable[[], None] = lambda: None) -> dict[str, Times]:
+def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int, *, seconds: float = math.inf, warmups: int = 1,
+               seed: int = 0, wait: Callable[[], None] = lambda: None) -> dict[str, Times]:
     """Seconds of every run in every round.
 
     Args:
         runs: what is measured, by name. Results are dropped after the clock has stopped.
-        rounds: how many rounds count.
+        rounds: how many rounds count, at most.
+        seconds: after so long no new round begins, if there have been three.
         warmups: rounds before them that do not.
         seed: of the order within a round.
         wait: called before each reading of the clock; on a GPU it waits for the device.
     """
-    order, times = random.Random(seed), {name: Times() for name in runs}
+    order, times, start = random.Random(seed), {name: Times() for name in runs}, time.perf_counter()
     for number in range(-warmups, rounds):
+        if number >= 3 and time.perf_counter() - start > seconds:
+            break
         for name in order.sample(list(runs), len(runs)):
             gc.collect()  # nobody pays for another's garbage
             wait()

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from _clock import interleave
 from torch import Tensor, nn
 
 import interp
@@ -51,10 +52,17 @@ class Method:
 class Subject:
     """The model and the batch that everybody reads."""
 
-    def __init__(self, model: interp.Model, batch: int, length: int, *, seed: int = 0) -> None:
+    def __init__(self, model: interp.Model, batch: int, length: int) -> None:
+        """A batch of `batch` x `length` random tokens; 0 for the largest up to 8 that runs in half a second."""
         self.m, self.hf = model, model.hf
-        generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(0, model.d_vocab, (batch, length), generator=generator).to(model.device)
+        for rows in [batch] if batch else (8, 4, 2, 1):
+            self.use(rows, length)
+            if batch or interleave({"plain": self.plain}, 2)["plain"].best < 0.5:
+                break
+
+    def use(self, batch: int, length: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(0, self.m.d_vocab, (batch, length), generator=generator).to(self.m.device)
         self.inputs = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids), "use_cache": False}
 
     def twin(self) -> Any:

@@ -143,13 +143,14 @@ class Environment:
     """A second environment: packages put in front of the path.
 
     Attributes:
-        method: which peer is measured in it.
+        method: which peer is measured in it, and `shown` the name its rows begin with.
         cases: what that peer offers.
         alone: pinned packages, installed without their dependencies, so that torch and transformers stay ours.
         small: what those need beyond ours, installed with dependencies.
     """
 
     method: str
+    shown: str
     cases: tuple[str, ...]
     alone: tuple[str, ...]
     small: tuple[str, ...] = ()
@@ -182,7 +183,8 @@ class Environment:
 
 
 ENVIRONMENTS = (
-    Environment("transformer_lens", ("residual", "attention", "routing"), ("transformer-lens==4.3.0",)),
-    Environment("nnterp", ("residual",), ("nnterp==1.3.0", "nnsight==0.7.0"),
+    Environment("transformer_lens", "TransformerLens", ("residual", "attention", "routing"),
+                ("transformer-lens==4.3.0",)),
+    Environment("nnterp", "nnterp", ("residual",), ("nnterp==1.3.0", "nnsight==0.7.0"),
                 small=("ipython", "python-socketio[client]", "astor", "toml")),
 )

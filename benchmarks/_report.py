@@ -10,7 +10,7 @@ HEAD = """# What reading and writing costs
     python benchmarks/capture.py --all --markdown benchmarks/README.md      # makes this page
     python benchmarks/capture.py --model olmoe --dtype bfloat16 --rounds 9  # one model; --json, --help
 
-Each number is the median over {rounds} rounds of *method / plain forward pass*, both timed in the same round, in one
+Each ratio is the median over {rounds} rounds of *method / plain forward pass*, both timed in the same round, in one
 process; every method runs once a round, in shuffled order. In brackets the smallest and the largest ratio. CPU time
 counts all threads and does not grow while a neighbour has the processor. "again" is the plain pass a second time: how
 far it is from 1.00 is the noise. Every method reads the same parameters in memory and makes the whole forward pass, up
@@ -19,7 +19,7 @@ tensor (0: the same bits); it is taken outside the clock. Peers that need other 
 process of their own, beside a plain pass and interp in that same process.
 
 SmolLM2 is SmolLM2-135M-Instruct (30 layers, d_model 576); OLMoE is a random model of that family's shape (16 layers,
-d_model 512, 8 heads, 64 experts of width 256, top-8). Batches are {batch} x {length} tokens.
+d_model 512, 8 heads, 64 experts of width 256, top-8).
 """
 
 MACHINE = ("Measured on {cpu}, {cores} cores, {threads} torch threads ({capability}), {system}, "
@@ -28,23 +28,29 @@ MACHINE = ("Measured on {cpu}, {cores} cores, {threads} torch threads ({capabili
 
 def page(document: dict[str, Any]) -> str:
     """The whole page."""
-    runs, first = document["runs"], document["runs"][0]
-    parts = [HEAD.format(rounds=first["rounds"], batch=first["batch"], length=first["length"])]
+    runs = document["runs"]
+    counts = sorted({row["rounds"] for run in runs for row in run["rows"] if "rounds" in row})
+    parts = [HEAD.format(rounds=" to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))))]
     facts = document["machine"]
     parts.append(MACHINE.format(**facts | {"versions": ", ".join(f"{k} {v}" for k, v in facts["versions"].items())}))
     parts.append("\n## Against the targets\n")
-    parts.append("\n".join(_summary(runs)))
-    noisy = [f"{r['model']} {r['dtype']}" for r in runs if r["noise"] > 1.25]
+    parts += _summary(runs)
+    noisy = [f"{run['model']} {run['dtype']}" for run in runs if run["noise"] > 1.25]
     if noisy:
         parts.append("\nThe machine was not quiet: the plain pass itself varied by more than 1.25 x in "
                      f"{', '.join(noisy)}. Trust CPU time there, and run again.")
-    for run in runs:
-        parts.append(f"\n## {run['model']}, {run['dtype']}\n")
-        parts.append("\n".join(table(run)))
-    if document.get("write"):
-        parts.append("\n## Writing a dataset\n")
-        parts.append("\n".join(written_table(document["write"])))
+    parts += tables(document)
     return "\n".join(parts) + "\n"
+
+
+def tables(document: dict[str, Any]) -> Iterator[str]:
+    """Every measured row."""
+    for run in document["runs"]:
+        yield f"\n## {run['model']}, {run['dtype']}, batches of {run['batch']} x {run['length']} tokens\n"
+        yield from _table(run)
+    if document.get("write"):
+        yield "\n## Writing a dataset\n"
+        yield from _written(document["write"])
 
 
 def _summary(runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -57,17 +63,17 @@ def _summary(runs: list[dict[str, Any]]) -> Iterator[str]:
             mine = next(r for r in rows if r["method"] == "interp" and not r["environment"])
             peers = [f"{r['method'].split(' (')[0]} {r['wall']['median']:.2f}" for r in rows
                      if r["method"].startswith(("TransformerLens", "nnsight", "nnterp"))]
-            target, told = case["target"] or "none", "; ".join(peers) or "none offers it"
+            target, told = f"{case['target']:.2f}" if case["target"] else "", "; ".join(peers) or "none offers it"
             yield (f"| {run['model']} {run['dtype']} | {case['title']} | {mine['wall']['median']:.2f} "
                    f"| {mine['cpu']['median']:.2f} | {target} | {told} |")
 
 
-def table(run: dict[str, Any]) -> Iterator[str]:
+def _table(run: dict[str, Any]) -> Iterator[str]:
     """All methods of one model."""
     yield "| case | method | wall | CPU | ms | agrees | |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     titles = {case["name"]: case["title"] for case in run["cases"]}
-    for row in run["rows"]:
+    for row in sorted(run["rows"], key=lambda row: list(titles).index(row["case"])):
         title, place = titles[row["case"]], f" (beside {row['environment']})" if row["environment"] else ""
         if place and row["method"] != "interp":
             place = " (own process)"
@@ -87,7 +93,7 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def written_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+def _written(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield ("`store.write` without the model (its activations are replayed), beside `safetensors.save_file` of "
            "the same bytes, ready in memory. Rates are medians; ratios are of the same round, raw time / time.\n")
     yield "| what | MB | method | MB/s | rate against raw with fsync | against raw |"
