@@ -143,9 +143,9 @@ def write_atomic(path: Path, data: bytes, *, exclusive: bool = False, scratch: P
         temporary.unlink(missing_ok=True)
 
 
-def dump_json(data: Any) -> bytes:
-    """JSON with sorted keys, so that equal content is equal bytes."""
-    return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+def dump_json(data: Any, *, indent: int | None = None) -> bytes:
+    """JSON with sorted keys, so that equal content is equal bytes. Indented, it takes ten times as long."""
+    return (json.dumps(data, indent=indent, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def file_sha256(path: Path) -> str:

@@ -31,7 +31,7 @@ from interp.store.errors import StoreError
 from interp.store.experts import ExpertTable
 from interp.store.moments import Moments
 from interp.store.plan import Plan
-from interp.store.tensors import header, raw, save
+from interp.store.tensors import header, raw, real_tokens, save
 
 FOLDERS = ("tokens", "shards")
 _LANES = min(4, max(2, os.cpu_count() or 1))
@@ -179,15 +179,14 @@ class _RowWriter:
         if tensor.shape[:2] != mask.shape:
             raise StoreError(f"{self.site}: shape {list(tensor.shape)} has no row per token {list(mask.shape)}; "
                              "such a site cannot be stored")
-        tensor = tensor.detach()
-        kept = tensor.flatten(0, 1) if bool(mask.all()) else tensor[mask.to(tensor.device)]
+        kept = real_tokens(tensor, mask)
         if self.file is None:
             self.dtype = self.plan.torch_dtype if tensor.is_floating_point() else torch.int32
             self.shape = tuple(kept.shape[1:])
             self.file = self.bench.stage(self.stem, ".safetensors")
             about = {"format": "pt", "site": str(self.site)}
             self.file.write(header({"rows": (self.dtype, (self.rows, *self.shape))}, about))
-        kept = kept.to(self.dtype).cpu()
+        kept = kept.to(self.dtype)
         # Sums are of the values as stored, so that a reader finds the same.
         self.bench.append(self.file, kept, self.moments if kept.is_floating_point() else None)
 

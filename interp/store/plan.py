@@ -135,7 +135,7 @@ def _check_storable(site: Site) -> None:
 
 def begin(root: Path, plan: Plan, scratch: Path) -> Plan:
     """Write the plan into a new dataset, or check it against the one that is there; gives the one on disk."""
-    if not write_atomic(root / "plan.json", dump_json(plan.as_json()), exclusive=True, scratch=scratch):
+    if not write_atomic(root / "plan.json", dump_json(plan.as_json(), indent=1), exclusive=True, scratch=scratch):
         there = read_plan(root)
         changed = differences(there, plan)
         if changed:
@@ -187,13 +187,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        rules = json.loads(backend.to_str())
-        rules.pop("truncation", None)  # the last call's settings, not the tokenizer's
-        rules.pop("padding", None)
+        # Before its first rule the text says how the last call truncated and padded, which is not the tokenizer's own.
+        text = backend.to_str()
+        rules = text[max(0, text.find('"added_tokens"')) :]
     else:
-        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+        rules = type(tokenizer).__name__ + json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = {k: str(v) for k, v in getattr(tokenizer, "special_tokens_map", {}).items()}
-    text = json.dumps([rules, special], sort_keys=True, ensure_ascii=False)
+    text = rules + json.dumps(special, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

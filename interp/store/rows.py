@@ -12,7 +12,7 @@ from torch import Tensor
 
 from interp.sites import Site
 from interp.store.errors import Corrupt
-from interp.store.tensors import MEND
+from interp.store.tensors import MEND, take
 
 if TYPE_CHECKING:
     from interp.store.dataset import ActivationDataset
@@ -63,14 +63,14 @@ class SiteRows:
         if index.numel() and not (-len(self) <= int(index.min()) and int(index.max()) < len(self)):
             raise IndexError(f"{self.site}: rows {int(index.min())} to {int(index.max())}; there are {len(self)}")
         index = index % max(1, len(self))
-        ordered, place = index.sort()
+        place = torch.from_numpy(index.numpy().argsort(kind="stable"))
+        ordered, starts = index[place], self._dataset.starts
         out = torch.empty(len(index), *self.shape[1:], dtype=self.dtype)
-        starts = self._dataset.starts
         bounds = [*torch.searchsorted(ordered, starts).tolist(), len(index)]
         for part, (a, b) in enumerate(pairwise(bounds)):
             if a < b:
-                out[place[a:b]] = self._shard(part)[ordered[a:b] - starts[part]]
-        return out
+                take(self._shard(part), ordered[a:b] - starts[part], out[a:b])
+        return take(out, torch.from_numpy(place.numpy().argsort(kind="stable")))  # back into the order asked for
 
     def _span(self, start: int, stop: int) -> Tensor:
         pieces = [self._shard(p)[a:b] for p, a, b in self._dataset.spans(start, stop)]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,39 @@ def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def take(rows: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """``rows[index]`` along the first axis, on the CPU, for numbers in range; into `out` (contiguous) if given.
+
+    Goes by numpy, which copies a row as one piece of memory: ten times faster than torch's indexing, and more in
+    bfloat16.
+    """
+    if out is None:
+        out = torch.empty(len(index), *rows.shape[1:], dtype=rows.dtype)
+    if out.numel():
+        source = rows.contiguous().view(len(rows), -1).view(torch.uint8).numpy()
+        target = out.view(len(out), -1).view(torch.uint8).numpy()
+        np.take(source, index.numpy(), axis=0, out=target, mode="clip")  # "raise" would go through a second buffer
+    return out
+
+
+def real_tokens(tensor: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """The rows [row, ...] of a captured tensor [batch, pos, ...] where `mask` [batch, pos] is true, on the CPU.
+
+    With `out` they are copied there, in its dtype; without, they may be the captured tensor's own memory.
+    """
+    rows = tensor.detach().flatten(0, 1)
+    if out is None and bool(mask.all()):
+        return rows.cpu()
+    index = mask.flatten().nonzero().flatten()
+    if rows.device.type != "cpu":
+        rows = rows[index.to(rows.device)].cpu()
+    elif out is None or out.dtype == rows.dtype:
+        return take(rows, index.cpu(), out)
+    else:
+        rows = take(rows, index.cpu())
+    return rows if out is None else out.copy_(rows)
 
 
 def save(staged: Staged, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
