@@ -140,15 +140,17 @@ class Card:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Card:
-        """Read a card from a file, or from a directory that has ``card.json`` or ``README.md``.
+        """Read the card of an artefact, or the card's own file.
 
+        A directory has ``card.json`` or ``README.md`` in it, a file ``v.safetensors`` has ``v.card.json`` beside it.
         From Markdown each field is the text of its section. CardError where there is no card.
         """
         place = Path(path)
-        if place.is_dir():
-            found = [p for p in (place / "card.json", place / "README.md") if p.is_file()]
+        if place.is_dir() or place.suffix not in (".json", ".md"):
+            beside = [place / "card.json", place / "README.md"] if place.is_dir() else [place.with_suffix(".card.json")]
+            found = [p for p in beside if p.is_file()]
             if not found:
-                raise CardError(f"{place} has no card (card.json or README.md)")
+                raise CardError(f"{place} has no card ({' or '.join(p.name for p in beside)})")
             place = found[0]
         try:
             text = place.read_text(encoding="utf-8")

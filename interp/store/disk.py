@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import warnings
@@ -24,6 +25,7 @@ from typing import Any
 from interp.store.errors import DiskError, Locked
 
 TEMPORARY = ".tmp"
+_OURS = re.compile(r"\A\d{8}\.\d{4}\b.*-[0-9a-f]{64}\.(safetensors|parquet)\Z")  # as `Staged.publish` names files
 _PUSH = 1 << 24  # bytes after which the disk is told to get going
 
 
@@ -234,9 +236,9 @@ def remove_strays(root: Path, folders: tuple[str, ...], known: set[str]) -> list
     """Delete files in `folders` that no record names: what a crash left between a rename and its record."""
     gone = []
     for folder in folders:
-        for path in sorted((root / folder).glob("*")):
+        for path in sorted((root / folder).iterdir()):
             name = f"{folder}/{path.name}"
-            if name not in known:
+            if name not in known and _OURS.search(path.name):
                 path.unlink(missing_ok=True)
                 gone.append(name)
     return gone

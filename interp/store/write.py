@@ -128,7 +128,8 @@ def write(
 def _check_free(root: Path) -> None:
     """Refuse a directory that holds something else: it is someone's, and we would write and delete in it."""
     if root.is_dir() and not (root / "plan.json").exists():
-        others = [p.name for p in root.iterdir() if not p.name.startswith(".") and p.name not in (*FOLDERS, RANGES)]
+        begun = {name for name in (*FOLDERS, RANGES) if (root / name).is_dir() and not any((root / name).iterdir())}
+        others = [p.name for p in root.iterdir() if not p.name.startswith(".") and p.name not in begun]
         if others:
             raise NotADataset(f"dir={str(root)!r} holds other files ({', '.join(sorted(others)[:3])}...) and no "
                               "activation dataset; choose a new or empty directory")

@@ -38,6 +38,15 @@ def test_every_kind_of_artefact_has_a_card_that_survives_the_disk(kind, name, tm
     assert Card.load(again).fields == loaded.fields
 
 
+def test_the_card_of_a_single_file_lies_beside_it(tmp_path):
+    vector = tmp_path / "refusal.safetensors"
+    vector.touch()
+    with pytest.raises(CardError, match=r"has no card \(refusal\.card\.json\)"):
+        lint(vector)
+    filled("vector").save(tmp_path / "refusal.card.json")
+    assert lint(vector) == []
+
+
 @pytest.mark.parametrize("kind", FIELDS)
 @pytest.mark.parametrize("name", ["card.json", "README.md"])
 def test_lint_names_each_field_that_is_empty_and_no_other(kind, name, tmp_path):

@@ -142,6 +142,10 @@ def test_a_directory_that_is_no_dataset(write, tmp_path):
     with pytest.raises(store.NotADataset, match=r"holds other files \(thesis\.tex"):
         write(dir="other")
     assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+    (tmp_path / "third" / "tokens").mkdir(parents=True)
+    (tmp_path / "third" / "tokens" / "mine.txt").write_text("x")
+    with pytest.raises(store.NotADataset, match=r"holds other files \(tokens"):
+        write(dir="third")
     for content, named in (("{", "not readable"), ('{"format": "x"}', "is of 'x'"), ("[]", "not readable"),
                            ('{"format": "interp-activations", "format_version": 99}', "newer than this interp")):
         (other / "plan.json").write_text(content)

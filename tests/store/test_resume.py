@@ -258,6 +258,9 @@ def test_files_of_a_crash_between_rename_and_record_are_removed(write):
     (ds.path / "manifest.json").unlink()
     stray = ds.path / "shards" / f"00000000.0000.resid_post.1-{'0' * 64}.safetensors"
     stray.write_bytes(b"orphan")
+    note = ds.path / "shards" / "note.txt"
+    note.write_text("of somebody else")
     again = write()
     assert not stray.exists()
+    assert note.exists()
     assert again.content_sha256 == ds.content_sha256
