@@ -7,12 +7,13 @@ Tensors keep the axes of their site (``acts.axes("z[5]")`` says which). Expert a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from interp.factored import FactoredExperts
 from interp.sites import Pattern, Site, SiteError
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Activations(Mapping[str, Tensor]):
     Attributes:
         tokens: the tokens that were run.
         logits: the model's output [batch, pos, vocab], if asked for.
+        keep: Monet: layer -> bool [key, key], True = expert (i, j) was on; only layers that had some off.
     """
 
     tokens: Tokens
@@ -134,6 +136,7 @@ class Activations(Mapping[str, Tensor]):
     model: str = ""
     n_experts: int = 0
     rotary: bool = True
+    keep: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def mask(self) -> Tensor:
@@ -205,8 +208,13 @@ class Activations(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def experts(self, layer: int) -> ExpertActivations:
-        """The routed experts of one layer. KeyError where none of its expert sites was captured."""
+    def experts(self, layer: int) -> Any:
+        """The experts of one layer: `ExpertActivations`, one row per (token, slot); for Monet `FactoredExperts`.
+
+        KeyError where none of its expert sites was captured; Monet needs both g1 and g2.
+        """
+        if factored := self._factored(layer):
+            return factored
         layer = self._absolute(Site("expert_ids", layer)).layer  # type: ignore[assignment]
 
         def get(name: str) -> Tensor | None:
@@ -221,6 +229,17 @@ class Activations(Mapping[str, Tensor]):
         return ExpertActivations(
             layer, ids, weights, self.mask, get("expert_hidden"), get("expert_out"), self.n_experts
         )
+
+    def _factored(self, layer: int) -> FactoredExperts | None:
+        """Monet's experts, from g1 and g2; None where neither is here."""
+        layer = self._absolute(Site("g1", layer)).layer  # type: ignore[assignment]
+        g1, g2 = (self.tensors.get(Site(name, layer)) for name in ("g1", "g2"))
+        if g1 is None and g2 is None:
+            return None
+        if g1 is None or g2 is None:
+            missing = f"g{1 if g1 is None else 2}[{layer}]"
+            raise KeyError(f"the experts of layer {layer} have two factors; capture {missing!r} too")
+        return FactoredExperts(layer, g1, g2, self.mask, self.keep.get(layer))
 
     def mean(self, site: str | Site) -> Tensor:
         """Mean over real tokens; what mean ablation puts back."""
@@ -240,12 +259,13 @@ class Activations(Mapping[str, Tensor]):
         moved = {site: move(t) for site, t in self.tensors.items()}
         logits = None if self.logits is None else move(self.logits)
         tokens = self.tokens.to(self.mask.to(*args, **kwargs).device)
-        return Activations(tokens, moved, logits, self.model, self.n_experts, self.rotary)
+        keep = {layer: matrix.to(tokens.mask.device) for layer, matrix in self.keep.items()}
+        return replace(self, tokens=tokens, tensors=moved, logits=logits, keep=keep)
 
     def detach(self) -> Activations:
         moved = {site: t.detach() for site, t in self.tensors.items()}
         logits = None if self.logits is None else self.logits.detach()
-        return Activations(self.tokens, moved, logits, self.model, self.n_experts, self.rotary)
+        return replace(self, tensors=moved, logits=logits)
 
     def to_transformer_lens(self, model: Any = None) -> Any:
         """The same activations as a TransformerLens ActivationCache, under its names.

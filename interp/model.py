@@ -12,8 +12,6 @@ Nothing of the underlying model is touched until a context is entered, and on le
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +23,8 @@ from torch import Tensor, nn
 
 from interp.activations import Activations, Tokens
 from interp.edits import Edit
+from interp.fingerprint import Fingerprint
+from interp.hooks import factored
 from interp.hooks.anatomy import Anatomy, dissect, text_config
 from interp.hooks.session import install
 from interp.hooks.tap import Bound, Clock, Tap
@@ -65,6 +65,7 @@ class Model:
         self.uses: list[Use] = []
         self._open: ExitStack | None = None
         self.fragile: set[Site] = set()
+        self._fingerprint = Fingerprint(hf)
 
     # -- what it is --------------------------------------------------------------------------------------------
     @cached_property
@@ -124,12 +125,12 @@ class Model:
 
     @property
     def n_experts(self) -> int:
-        """Experts per MoE layer; 0 for a dense model."""
-        return self._seen("expert_weight", "expert")
+        """Experts per MoE layer, n^2 for Monet; 0 for a dense model."""
+        return self._seen("expert_weight", "expert") or self._seen("g1", "key") ** 2
 
     @property
     def top_k(self) -> int:
-        """Experts chosen per token; 0 for a dense model."""
+        """Experts chosen per token; 0 for a dense model, and for Monet, where tokens differ in it."""
         return self._seen("expert_weight", "slot")
 
     @cached_property
@@ -139,27 +140,17 @@ class Model:
             getattr(self.config, "rotary_dim", None) or getattr(self.config, "rope_parameters", None)
         )
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """A hash of the configuration and of every weight's name, shape, dtype and 1,024 evenly spread values.
-
-        Masks (Boolean tensors) count whole. Where the model came from does not count.
-        """
-        told = {"transformers_version", "dtype", "torch_dtype"}
-        config = {k: v for k, v in self.hf.config.to_dict().items() if not k.startswith("_") and k not in told}
-        digest = hashlib.sha256((type(self.hf).__name__ + json.dumps(config, sort_keys=True, default=str)).encode())
-        for name, tensor in sorted({**dict(self.hf.named_parameters()), **dict(self.hf.named_buffers())}.items()):
-            flat = tensor.detach().flatten()
-            step = 1 if flat.dtype == torch.bool else max(1, flat.numel() // 1024)
-            spread = flat[::step][: None if step == 1 else 1024].float().cpu().contiguous()
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode() + spread.numpy().tobytes())
-        return digest.hexdigest()
+        """A hash of the configuration and the weights, masks included: see `interp.fingerprint.fingerprint`."""
+        return str(self._fingerprint)
 
     def __repr__(self) -> str:
         parts = (
             f"{type(self.hf).__name__}, {len(self.anatomy.layers)} layers, d_model {self.d_model}, {self.n_heads} heads"
         )
-        experts = f", {self.n_experts} experts top-{self.top_k}" if self.n_experts else ""
+        top = f" top-{self.top_k}" if self.top_k else ""
+        experts = f", {self.n_experts:,} experts{top}" if self.n_experts else ""
         return f"Model({self.name}: {parts}{experts}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
 
     # -- sites -------------------------------------------------------------------------------------------------
@@ -280,7 +271,8 @@ class Model:
         return acts
 
     def about(self) -> dict[str, Any]:
-        return {"model": self.name, "n_experts": self.n_experts, "rotary": self.rotary}
+        keep = factored.masks(self.anatomy)
+        return {"model": self.name, "n_experts": self.n_experts, "rotary": self.rotary, "keep": keep}
 
     @staticmethod
     def with_routing(sites: list[Site]) -> list[Site]:
@@ -377,14 +369,21 @@ class Model:
         return generate(self, x, max_new_tokens, capture, num_return_sequences, kwargs)
 
     # -- experts -----------------------------------------------------------------------------------------------
-    def expert_output(self, layer: int, expert: int, hidden: Tensor) -> Tensor:
-        """What expert `expert` of `layer` makes of its neurons: [row, d_expert] -> [row, d_model]."""
+    def expert_output(self, layer: int, expert: int | Iterable[int] | Tensor, hidden: Tensor) -> Tensor:
+        """What expert `expert` of `layer` makes of its neurons: [row, d_expert] -> [row, d_model].
+
+        On Monet, whose experts share their neurons: what one or several experts i * n + j make of the layer's input
+        behind its norm, before weight and mask: [..., d_model] -> [..., expert, d_model] (no axis for a single id).
+        """
         from interp.hooks import experts, undecorated
 
+        if self.anatomy.having("g1"):
+            site = self.resolve(f"g1[{layer}]")[0]
+            return factored.output(self.anatomy.places["g1", site.layer].module, expert, hidden)
         site = self.resolve(f"expert_out[{layer}, expert={expert}]")[0]
         place = self.anatomy.places[site.name, site.layer]
         down = experts.down if place.how == "experts" else undecorated.down
-        return down(place.module, expert, hidden)
+        return down(place.module, dict(site.index)["expert"], hidden)
 
     # -- bridges -----------------------------------------------------------------------------------------------
     def nnsight(self) -> Any:

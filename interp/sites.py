@@ -6,6 +6,7 @@ One grammar serves every model::
     z[5, head=3]               what head 3 of layer 5 reads out, before the output projection
     mlp_hidden[-1, neuron=17]  one neuron of the last layer
     expert_out[3, expert=17]   what expert 17 of layer 3 puts out, for the tokens routed to it
+    g1[3, key=17]              Monet: how much each routing head uses key 17 of the first axis, part of n experts
     q[*]                       a pattern: every layer;  q[2:6] a slice of layers;  z[*, head=*] every head
     embed, logits              places that have no layer
 
@@ -63,10 +64,13 @@ class Kind:
 
 _D = ("batch", "pos", "d_model")
 _HEAD = ("batch", "pos", "head", "d_head")
+_KEY = ("batch", "pos", "head", "key")
+_PART = ("batch", "pos", "key", "neuron")
 
 
 def _kinds() -> Iterator[Kind]:
     dim, head = {"dim": "d_model"}, {"head": "head", "dim": "d_head"}
+    key, part = {"head": "head", "key": "key"}, {"key": "key", "neuron": "neuron"}
     yield Kind("embed", _D, dim, "hook_embed", "output of the token embedding", layered=False)
     yield Kind("resid_pre", _D, dim, "blocks.{l}.hook_resid_pre", "residual stream entering the layer")
     yield Kind("ln1_scale", ("batch", "pos", "one"), {}, "blocks.{l}.ln1.hook_scale",
@@ -83,6 +87,12 @@ def _kinds() -> Iterator[Kind]:
                "divisor of the norm before the MLP")
     yield Kind("mlp_hidden", ("batch", "pos", "neuron"), {"neuron": "neuron"}, "blocks.{l}.mlp.hook_post",
                "neurons of a dense MLP: the input of its down projection")
+    yield Kind("key_logits1", _KEY, key, None, "Monet: router scores of the keys of axis 1, before the threshold")
+    yield Kind("key_logits2", _KEY, key, None, "Monet: the same for axis 2; both where a group of layers begins")
+    yield Kind("g1", _KEY, key, None, "Monet: weights of the keys of axis 1 as this layer is given them")
+    yield Kind("g2", _KEY, key, None, "Monet: of axis 2; expert (i, j) has weight sum over heads of g1_i g2_j")
+    yield Kind("z1", _PART, part, None, "Monet: neurons of the parts of axis 1")
+    yield Kind("z2", _PART, part, None, "Monet: neurons of the parts of axis 2 (vertical decomposition only)")
     yield Kind("router_logits", ("batch", "pos", "expert"), {"expert": "expert"}, None,
                "router scores of all experts, before softmax, bias and top-k")
     yield Kind("expert_ids", ("batch", "pos", "slot"), {"slot": "slot"}, None, "experts chosen for each token")
@@ -114,6 +124,8 @@ class Site:
     Site('resid_post[5]')
     >>> Site.parse("z[5, head=3]").base
     Site('z[5]')
+    >>> Site.parse("g1[3, key=17, head=0]"), Site.parse("z1[3, key=17]").axes
+    (Site('g1[3, head=0, key=17]'), ('batch', 'pos', 'neuron'))
     """
 
     name: str

@@ -74,7 +74,8 @@ def test_a_name_of_transformer_lens_with_a_star_is_a_pattern(kind: Kind) -> None
 def test_only_places_that_transformer_lens_has_carry_a_name_of_it() -> None:
     without = {k.name for k in KINDS.values() if k.tl is None}
     routing = {"router_logits", "expert_ids", "expert_weight", "expert_hidden", "expert_out"}
-    assert without == {*routing, "shared_weight", "shared_out", "logits"}
+    factored = {"key_logits1", "key_logits2", "g1", "g2", "z1", "z2"}
+    assert without == {*routing, *factored, "shared_weight", "shared_out", "logits"}
     assert Site("expert_out", 3).tl_name is None
 
 
@@ -102,6 +103,8 @@ def test_queries_before_rotary_are_refused_where_the_model_rotates_them() -> Non
         ("z[5, 3]", r"'3' does not narrow z, which takes head=, dim="),
         ("z[5, head=three]", r"head='three' is neither a number nor '\*'"),
         ("z[5, head=1, head=2]", r"head= and head= both pick from 'head'; give one"),
+        ("g1[5, expert=1]", r"'expert=1' does not narrow g1, which takes head=, key="),
+        ("z1[5, head=1]", r"'head=1' does not narrow z1, which takes key=, neuron="),
         ("expert_out[5, expert=1, slot=0]", r"expert= and slot= both pick from 'slot'; give one"),
         ("z[5", r"'z\[5' is not a site; the form is name\[layer, key=index\], e\.g\. 'z\[5, head=3\]'"),
         ("z[5]]", r"is not a site; the form is"),
@@ -130,6 +133,9 @@ def test_a_site_narrows_and_tells_its_axes() -> None:
     assert Site.parse("expert_hidden[5, expert=1, neuron=2]").axes == ("row",)
     assert Site.parse("expert_out[5, slot=1]").axes == ("batch", "pos", "d_model")
     assert Site.parse("router_logits[5, expert=1]").axes == ("batch", "pos")
+    assert Site.parse("g1[5]").axes == Site.parse("key_logits2[5]").axes == ("batch", "pos", "head", "key")
+    assert Site.parse("g2[5, key=1]").axes == ("batch", "pos", "head")
+    assert Site.parse("z1[5, key=1]").axes == ("batch", "pos", "neuron")
 
 
 def test_sites_sort_in_the_order_of_a_forward_pass() -> None:
@@ -215,6 +221,8 @@ def test_slices_count_in_the_models_layers_not_in_those_that_have_the_site(deeps
         ("logits[token=101]", r"token=101 is out of range; llama has token 0\.\.100"),
         ("expert_out[1]", r"expert_out\[1\]: llama has no such site: layer 1 is dense: it has no experts"),
         ("expert_out[*]", r"expert_out\[\*\]: llama has no such site: layer 0 is dense"),
+        ("g1[1]", r"g1\[1\]: llama has no such site: layer 1 has no factored experts"),
+        ("z2[*]", r"z2\[\*\]: llama has no such site: layer 0 has no factored experts"),
     ],
 )
 def test_what_a_model_does_not_have_is_refused_with_the_reason(llama: Model, text: str, message: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from interp.activations import Activations
+from interp.fingerprint import fingerprint
 from interp.model import Model
 from interp.sites import KINDS
 
@@ -78,7 +79,7 @@ class Bench:
                 for c in configs.values()
             ],
             "training": hf.training,
-            "weights": self.m.__class__.fingerprint.func(self.m),  # type: ignore[attr-defined]
+            "weights": fingerprint(hf),
         }
 
 

@@ -30,6 +30,7 @@ class Place:
     """How to reach a site: by which door (`how`), at which module.
 
     how: output | input | stream (the module's input, shared with the residual path) | sum | scale | sigmoid | logits |
+         grouped (output whose last axis is groups side by side) | argument (positional) |
          attention (the module calls AttentionInterface) | handmade (attention written out) | router | experts
     """
 
@@ -37,7 +38,9 @@ class Place:
     module: nn.Module
     path: str = ""
     centred: bool = False  # for scale: the norm subtracts the mean
-    other: nn.Module | None = None  # for sum: the module that runs before, whose output is added to this one's
+    other: nn.Module | None = None  # sum: runs before, its output is added to this one's; grouped: runs this one
+    groups: int = 0  # for grouped: how many
+    argument: int = 0  # for argument: which one
 
 
 @dataclass(eq=False)

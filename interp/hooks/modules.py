@@ -1,10 +1,12 @@
 """The first door: module boundaries, by PyTorch's forward hooks.
 
-Five ways to stand at a boundary:
+Seven ways to stand at a boundary:
 
     output   what a module returns (first element of a tuple)
+    grouped  the same where the last axis is heads or parts side by side, which the site has on an axis of their own
     sum      what two modules return together, where the layer adds them itself
     input    what it is given
+    argument what it is given beside that, by position
     stream   what it is given *and* what the residual path keeps: the same tensor, so it is written in place
     scale    the divisor of a norm, recomputed from its input; writing s' multiplies the output by s / s'
 """
@@ -36,6 +38,22 @@ def _at_output(place: Place, tap: Tap) -> list[Handle]:
     return [place.module.register_forward_hook(hook)]
 
 
+def _at_grouped(place: Place, tap: Tap) -> list[Handle]:
+    armed = [place.other is None]
+
+    def arm(module: nn.Module, args: Any) -> None:
+        armed[0] = True
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not armed[0]:  # somebody asks for one expert's output meanwhile, which is no part of the forward pass
+            return None
+        armed[0] = place.other is None
+        return tap(output.unflatten(-1, (place.groups, -1))).flatten(-2)
+
+    around = [] if place.other is None else [place.other.register_forward_pre_hook(arm)]
+    return [*around, place.module.register_forward_hook(hook)]
+
+
 def _at_sum(place: Place, tap: Tap) -> list[Handle]:
     before: list[Tensor] = []
 
@@ -57,6 +75,18 @@ def _at_input(place: Place, tap: Tap) -> list[Handle]:
         return None if given is value else put(given)
 
     return [place.module.register_forward_pre_hook(hook, with_kwargs=True)]
+
+
+def _at_argument(place: Place, tap: Tap) -> list[Handle]:
+    which = place.argument
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        # Layers may share the tensor. Under gradients each gets an alias of its own, whose gradient is its own share.
+        value = args[which].view_as(args[which]) if args[which].requires_grad else args[which]
+        given = tap(value)
+        return None if given is args[which] else (*args[:which], given, *args[which + 1 :])
+
+    return [place.module.register_forward_pre_hook(hook)]
 
 
 def _at_stream(place: Place, tap: Tap) -> list[Handle]:
@@ -123,8 +153,10 @@ def _at_logits(place: Place, tap: Tap) -> list[Handle]:
 
 _WAYS: dict[str, Callable[[Place, Tap], list[Handle]]] = {
     "output": _at_output,
+    "grouped": _at_grouped,
     "sum": _at_sum,
     "input": _at_input,
+    "argument": _at_argument,
     "stream": _at_stream,
     "scale": _at_scale,
     "sigmoid": _at_sigmoid,

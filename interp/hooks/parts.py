@@ -266,7 +266,7 @@ def _feed_forward(
     before_mlp: Call | None,
     routed: dict[int, dict[str, Any]],
 ) -> None:
-    from interp.hooks import undecorated
+    from interp.hooks import factored, undecorated
 
     i, top = layer.index, layer.top
     assert top is not None
@@ -297,6 +297,10 @@ def _feed_forward(
             "mlp_out", i, Place("output", place.module) if place else None, "the MLP's output projection was not found"
         )
 
+    if factored.read(anatomy, layer):
+        for name, why in factored.refusals(i, factored.find(layer.module)).items():
+            anatomy.put(name, i, None, why)
+        return
     experts = _experts_of(layer.module)
     refused = undecorated.refusal(layer.module)
     dense = body is not None and not _experts_of(body) and not hasattr(body, "router") and not refused

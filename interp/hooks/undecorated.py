@@ -76,10 +76,6 @@ _JETMOE = "JetMoeMoE"
 REFUSED = {
     "Llama4TextMoe": "Llama 4 multiplies an expert's input by its weight, so no weight x output exists; edit the "
     "mlp_out or shared_out instead",
-    **dict.fromkeys(
-        ("HorizontalExperts", "VerticalExperts"),
-        "Monet's n^2 experts are products of two sets of parts, never one row each; see interp.monet",
-    ),
 }
 
 
