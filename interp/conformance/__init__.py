@@ -12,6 +12,10 @@ Each identity is an oracle that does not go through the code it tests:
     surgery     zeroing a head, neuron, expert or shared expert = zeroing the weights that read it
     twins       scaling q = scaling k;  scaling v = scaling z;  adding to resid_pre[l+1] = adding to resid_post[l]
     router      pushing one expert's logit up puts it into every token's choice; pushing it down takes it out
+    factors     Monet: g = softmax of the surviving key logits;  sum of weight x single expert = mlp_out;  masking an
+                expert takes out its weight x output
+    parts       Monet: zeroing a key = masking its row or column;  zeroing a part's neurons = zeroing the weights that
+                make them;  pushing a key logit up gives the key its head's whole weight in every layer of the group
     gradient    the derivative of an edit, by differences, = the gradient that reaches the site
     padding     left, right or no padding: the same activations at the same tokens
     cache       generating with and without KV cache: the same edited tokens, the same text
@@ -27,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from interp.conformance import reading, running, writing
+from interp.conformance import factored, reading, running, writing
 from interp.conformance.bench import Bench, Finding, Result
 from interp.model import Model
 
@@ -54,6 +58,8 @@ _CHECKS: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "surgery": writing.surgery,
     "twins": writing.twins,
     "router": writing.router,
+    "factors": factored.factors,
+    "parts": factored.parts,
     "gradient": running.gradient,
     "padding": running.padding,
     "cache": running.cache,
@@ -89,6 +95,7 @@ CORE = ("embed", "resid_pre", "resid_post", "attn_out", "q", "k", "v", "pattern"
 WHOLE = {
     "dense": (*CORE, "mlp_hidden"),
     "moe": (*CORE, "router_logits", "expert_ids", "expert_weight", "expert_hidden", "expert_out"),
+    "factored": (*CORE, "key_logits1", "key_logits2", "g1", "g2", "z1"),
 }
 
 
@@ -112,7 +119,7 @@ def family(name: str) -> dict[str, Any]:
     except Exception as error:
         return row | {"failed": f"{type(error).__name__}: {error}"}
     places = {n for n, _ in m.anatomy.places}
-    missing = [n for n in WHOLE["dense" if kind == "dense" else "moe"] if n not in places]
+    missing = [n for n in WHOLE[kind if kind in WHOLE else "moe"] if n not in places]
     reasons = sorted(
         {why for n in missing for (site, _), why in m.anatomy.absent.items() if site == n},
         key=lambda why: ("is dense" in why, why),  # a dense layer among routed ones says nothing about the family
