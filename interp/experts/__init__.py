@@ -1,0 +1,50 @@
+"""Experts: measure them, choose them, switch them off, prove what that did, take the result away.
+
+    stats = experts.routing(m, {"law": texts, "code": texts})        how much each expert works on each label
+    law   = experts.select(stats, "law", rule="skew", ratio=2.0)     the experts that carry one
+    with experts.switched_off(m, law):                               without them
+        m.generate("The court")
+    table = experts.evaluate(m, law, held_out, controls=20)          what that did, beside random experts
+    path  = experts.resect(m, law, "without-law")                    a checkpoint that is so for good
+
+The same words work on Monet's pairs, on the routed experts of any Mixture of Experts, and, with kind="neurons", on the
+MLP neurons of a dense model, so that the three can be compared (`interp.experts.units`).
+"""
+
+from __future__ import annotations
+
+from interp.experts.bake import resect
+from interp.experts.batches import Corpus, corpus
+from interp.experts.controls import matched
+from interp.experts.evaluate import evaluate, switched_off
+from interp.experts.losses import Losses, losses
+from interp.experts.resection import at_damage, frontier, matrix, remove_each, summary
+from interp.experts.select import RULES, correlation, select, skew
+from interp.experts.sets import ExpertSet
+from interp.experts.stats import RoutingStats, routing
+from interp.experts.units import ExpertError, units_of
+
+__all__ = [
+    "RULES",
+    "Corpus",
+    "ExpertError",
+    "ExpertSet",
+    "Losses",
+    "RoutingStats",
+    "at_damage",
+    "corpus",
+    "correlation",
+    "evaluate",
+    "frontier",
+    "losses",
+    "matched",
+    "matrix",
+    "remove_each",
+    "resect",
+    "routing",
+    "select",
+    "skew",
+    "summary",
+    "switched_off",
+    "units_of",
+]

@@ -1,0 +1,184 @@
+"""Resection experiments: remove each label in turn and see what every label loses (Monet, section 5).
+
+    table = remove_each(m, stats, held_out)                 Table 1 of the paper, on your model: a matrix with intervals
+    summary(table)                                          damage, selectivity, and how far beyond random
+    frontier(m, stats, held_out, "skew", ratio=[1.5, 2, 4]) the whole trade-off, not one point of it
+
+`stats` come from one split, `held_out` is another.
+
+**Damage** is the mean rise of the removed label's loss (nats per token), **spill** the mean absolute change on all
+other labels, and **selectivity** their ratio. A method is not better because it removes more: compare at equal damage
+(`at_damage`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from interp.experts.batches import Corpus, Labelled, corpus
+from interp.experts.evaluate import evaluate
+from interp.experts.losses import losses
+from interp.experts.select import RULES, select
+from interp.experts.sets import ExpertSet
+from interp.experts.stats import RoutingStats
+from interp.experts.units import ExpertError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Say = Callable[[str], None]
+
+
+def remove_each(
+    model: Any,
+    stats: RoutingStats,
+    held_out: Labelled | Corpus,
+    *,
+    rule: str = "skew",
+    labels: Sequence[str] | None = None,
+    controls: int = 20,
+    scored: str = "target",
+    max_tokens: int | None = None,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    say: Say = lambda message: None,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Switches off each label's units in turn and measures every label.
+
+    Args:
+        model: the model.
+        stats: routing statistics of the selection split.
+        held_out: label -> documents of the scoring split; at least the labels that are removed.
+        rule: as for `select`.
+        **settings: of the rule.
+        max_tokens: per label.
+        batch_tokens: tokens run at once.
+        seed: of controls and bootstrap.
+        say: is told what happens next.
+        labels: which to remove, default all of `stats`.
+        controls: random matched sets per removed label.
+        scored: "target" scores controls on the removed label only (quick), "all" on every label.
+
+    Returns the Tables of `evaluate` one below the other, with a column `removed` in front. A label for which no unit
+    meets the rule keeps its lines, with 0 units and no change.
+    """
+    import pandas as pd
+
+    data = corpus(model, held_out, max_tokens)
+    labels = list(labels or stats.labels)
+    if absent := [label for label in labels if label not in data.labels]:
+        raise ExpertError(f"held_out: no text for {absent[0]!r}; it has {', '.join(data.labels)}")
+    if scored not in ("target", "all"):
+        raise ExpertError(f"scored={scored!r}: expected target or all")
+    before = losses(model, data, batch_tokens=batch_tokens)
+    parts = []
+    for number, label in enumerate(labels):
+        chosen = _choose(stats, label, rule, settings)
+        say(f"removing {label} ({number + 1} of {len(labels)}): {len(chosen):,} units, {controls} controls")
+        part = evaluate(
+            model, chosen, data, controls=controls, stats=stats, before=before, batch_tokens=batch_tokens, seed=seed,
+            scored=label if scored == "target" else "all",
+        )  # fmt: skip
+        part.insert(0, "removed", label)
+        parts.append(part)
+    table = pd.concat([part.set_axis(part.columns, axis=1) for part in parts], ignore_index=True)
+    table.attrs = {
+        "model": model.name, "fingerprint": stats.fingerprint, "kind": stats.kind, "rule": rule, "settings": settings,
+        "controls": controls, "tokens": data.n_tokens, "seed": seed,
+    }  # fmt: skip
+    return table
+
+
+def _choose(stats: RoutingStats, label: str, rule: str, settings: dict[str, Any]) -> ExpertSet:
+    """`select`, but an empty set where nothing meets the rule: in a sweep that is a result, not a mistake."""
+    if rule in RULES and not bool(RULES[rule](stats, label, **settings).any()):
+        return ExpertSet._of(stats, {}, {"rule": rule, "settings": settings, "label": label})
+    return select(stats, label, rule, **settings)
+
+
+def matrix(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
+    """The change of `metric` as removed x label."""
+    own = table[(table["metric"] == metric) & (table["baseline"] == "none")]
+    order = list(dict.fromkeys(own["removed"]))
+    columns = [*order, *(label for label in dict.fromkeys(own["label"]) if label not in order)]
+    return own.pivot(index="removed", columns="label", values="value").loc[order, columns]
+
+
+def summary(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
+    """One line per removed label, and one for the mean over them ("mean"): columns
+
+    removed, units, damage, damage_low, damage_high, spill (mean absolute change on the other labels), ratio (damage /
+    spill), random (mean damage by the controls), random_high (97.5 % of them), beyond_random (damage / random).
+    """
+    import pandas as pd
+
+    here = table[table["metric"] == metric]
+    rows = []
+    for removed, part in here.groupby("removed", sort=False):
+        own, others = part[part["label"] == removed], part[(part["label"] != removed) & (part["baseline"] == "none")]
+        target, random = own[own["baseline"] == "none"].iloc[0], own[own["baseline"] == "random"]
+        row = {"removed": removed, "units": int(target["units"]), "damage": target["value"]}
+        row |= {"damage_low": target["low"], "damage_high": target["high"], "spill": others["value"].abs().mean()}
+        row["random"] = random["value"].iloc[0] if len(random) else float("nan")
+        row["random_high"] = random["high"].iloc[0] if len(random) else float("nan")
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    mean = frame.drop(columns="removed").mean()
+    frame = pd.concat([frame, pd.DataFrame([{"removed": "mean", **mean}])], ignore_index=True)
+    frame.insert(6, "ratio", frame["damage"] / frame["spill"])
+    frame["beyond_random"] = frame["damage"] / frame["random"]
+    frame.attrs = dict(table.attrs)
+    return frame
+
+
+def frontier(
+    model: Any,
+    stats: RoutingStats,
+    held_out: Labelled | Corpus,
+    rule: str = "skew",
+    *,
+    max_tokens: int | None = None,
+    say: Say = lambda message: None,
+    **grid: Sequence[Any],
+) -> pd.DataFrame:
+    """Damage and spill for every setting of a rule: one line per combination of `grid`.
+
+    Columns: method (kind of units and rule), the grid's names, share (of all units, mean over labels), damage, spill,
+    ratio.
+    """
+    import pandas as pd
+
+    data = corpus(model, held_out, max_tokens)
+    rows = []
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        say(f"{stats.kind}, {rule} {settings}")
+        table = remove_each(model, stats, data, rule=rule, controls=0, **settings)
+        mean = summary(table).iloc[-1]
+        total = stats.size * len(stats.layers)
+        row = {"method": f"{stats.kind}, {rule}", **settings, "share": mean["units"] / total}
+        rows.append(row | {"damage": mean["damage"], "spill": mean["spill"], "ratio": mean["ratio"]})
+    frame = pd.DataFrame(rows)
+    frame.attrs = {"model": model.name, "fingerprint": stats.fingerprint, "rule": rule, "tokens": data.n_tokens}
+    return frame
+
+
+def at_damage(frontiers: pd.DataFrame, damage: float) -> pd.DataFrame:
+    """Spill and ratio of each method at one common damage, by linear interpolation along its frontier.
+
+    NaN for a method that never reaches it: nothing is extrapolated.
+    """
+    import numpy as np
+    import pandas as pd
+
+    rows = []
+    for method, part in frontiers.groupby("method", sort=False):
+        curve = part.sort_values("damage")
+        reached = bool(curve["damage"].min() <= damage <= curve["damage"].max())
+        spill = float(np.interp(damage, curve["damage"], curve["spill"])) if reached else float("nan")
+        share = float(np.interp(damage, curve["damage"], curve["share"])) if reached else float("nan")
+        rows.append({"method": method, "damage": damage, "spill": spill, "ratio": damage / spill, "share": share})
+    return pd.DataFrame(rows)
