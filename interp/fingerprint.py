@@ -39,7 +39,7 @@ def fingerprint(hf: Any) -> str:
     Masks (Boolean tensors) count whole, and what is kept beside the weights in a checkpoint (statistics) counts as
     they do. Where the model came from does not count.
     """
-    told = {"transformers_version", "dtype", "torch_dtype"}
+    told = {"transformers_version", "dtype", "torch_dtype", "architectures"}  # saving a model writes them
     config = {k: v for k, v in hf.config.to_dict().items() if not k.startswith("_") and k not in told}
     digest = hashlib.sha256((type(hf).__name__ + json.dumps(config, sort_keys=True, default=str)).encode())
     for name, tensor in sorted(_tensors(hf).items()):
