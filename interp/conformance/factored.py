@@ -1,6 +1,7 @@
 """Identities of factored experts (Monet): their factors, their parts, their masks.
 
 The other sides are sums over single experts, the exact masks of `interp.monet` and surgery on the weights of parts.
+They are compared at the layer's own output and by its scale, which in a young Monet is too small to show in the logits.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _sum(b: Bench, layer: int) -> Result:
         for token, row in enumerate(some):
             made = b.m.expert_output(layer, row[row >= 0], x[token])
             total[token] += w[token, row >= 0].to(made) @ made
-    return close(f"sum of weight x expert = mlp_out [{layer}]", total, out)
+    return _alike(b, layer, f"sum of weight x expert = mlp_out [{layer}]", total, out)
 
 
 def _one_off(b: Bench, layer: int) -> Result:
@@ -53,9 +54,11 @@ def _one_off(b: Bench, layer: int) -> Result:
     e, x, before = b.acts.experts(layer), _given(b, layer), b.acts[f"mlp_out[{layer}]"]
     expert = _heaviest(b, layer)
     with masked(b.m.hf, MonetMask.from_ids(b.m.hf, {layer: [expert]})):
-        after = b.m.capture(b.ids, f"mlp_out[{layer}]")[f"mlp_out[{layer}]"]
+        after = _put_out(b, layer)
     part = e.weights(expert)[..., None].to(x) * b.m.expert_output(layer, expert, x)
-    return close(f"masking expert {expert} of layer {layer} takes out its weight x output", before - part, after)
+    return _alike(
+        b, layer, f"masking expert {expert} of layer {layer} takes out its weight x output", before - part, after
+    )
 
 
 def parts(b: Bench) -> Iterator[Result]:
@@ -68,17 +71,17 @@ def parts(b: Bench) -> Iterator[Result]:
         i, j = divmod(_heaviest(b, layer), int(experts.n))
         for name, key, off in (("g1", i, MonetMask.full_rows), ("g2", j, MonetMask.full_cols)):
             with masked(m.hf, off(m.hf, {layer: [key]})):
-                by_mask = m(b.ids)
-            edited = b.logits(edits.zero(f"{name}[{layer}, key={key}]"))
-            yield close(f"{name} of key {key} in layer {layer} = a masked {off.__name__}", edited, by_mask)
-            doubled = b.logits(edits.scale(f"{name}[{layer}]", 2.0))
-            yield close(f"2 {name} = 2 mlp_out [{layer}]", doubled, b.logits(edits.scale(f"mlp_out[{layer}]", 2.0)))
+                by_mask = _put_out(b, layer)
+            edited = _put_out(b, layer, edits.zero(f"{name}[{layer}, key={key}]"))
+            yield _alike(b, layer, f"{name} of key {key} in layer {layer} = a masked {off.__name__}", edited, by_mask)
+            doubled = _put_out(b, layer, edits.scale(f"{name}[{layer}]", 2.0))
+            yield _alike(b, layer, f"2 {name} = 2 mlp_out [{layer}]", doubled, 2 * b.acts[f"mlp_out[{layer}]"])
         for name, key in (("z1", i), ("z2", j)):
             if layer in b.layers(name):
                 with _weights_zeroed(_made_by(b, layer, name, key)):
-                    by_hand = m(b.ids)
-                edited = b.logits(edits.zero(f"{name}[{layer}, key={key}]"))
-                yield close(f"{name} of part {key} in layer {layer}", edited, by_hand)
+                    by_hand = _put_out(b, layer)
+                edited = _put_out(b, layer, edits.zero(f"{name}[{layer}, key={key}]"))
+                yield _alike(b, layer, f"{name} of part {key} in layer {layer}", edited, by_hand)
     for layer in b.layers("key_logits1")[-1:]:
         yield from _pushed(b, layer)
 
@@ -92,6 +95,18 @@ def _pushed(b: Bench, layer: int) -> Iterator[Result]:
             with b.m.intervene(edits.add(f"key_logits{axis}[{layer}, head=0, key=1]", push)):
                 g = b.m.capture(b.ids, site)[site][..., 1]
             yield close(f"key_logits{axis}[{layer}] {push:+.0f} gives {site} key 1 {want:.0f}", g, g.new_full((), want))
+
+
+def _put_out(b: Bench, layer: int, *changes: edits.Edit) -> Tensor:
+    """mlp_out [batch, pos, d_model] under edits."""
+    with b.m.intervene(*changes):
+        return b.m.capture(b.ids, f"mlp_out[{layer}]")[f"mlp_out[{layer}]"]
+
+
+def _alike(b: Bench, layer: int, name: str, one: Tensor, other: Tensor) -> Result:
+    """`close`, in units of the largest value that the layer puts out (0 where all its experts are off)."""
+    unit = b.acts[f"mlp_out[{layer}]"].abs().max()
+    return close(name, one / unit, other / unit) if float(unit) else close(name, one, other)
 
 
 def _heaviest(b: Bench, layer: int) -> int:

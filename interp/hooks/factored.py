@@ -8,7 +8,11 @@ to part i and part j, which n experts each share. So the sites are the factors::
     y = sum_ij W_ij E_ij(x),   W_ij = M_ij sum_h g1_hi g2_hj                          mlp_out
 
 g1 and g2 are read where a layer is *given* them, as arguments of its experts. So every layer has them, and an edit
-reaches that layer alone; writing the key logits changes the routing of the whole group.
+reaches that layer alone; writing the key logits changes the routing of the whole group. Any values may be written: the
+sum above holds for rows that do not sum to 1 too.
+
+Gradients reach every factor. One caveat: where pairs are masked and keys are many, the layer visits only experts that
+have weight, so the derivative by an entry of g that is exactly 0 comes out as 0 there, whatever it would be.
 
 A layer's experts are known by what they can do (a mask, its structure, products under it, one expert's output), not by
 their class; sizes and the router are read off the tensors of the probe.
