@@ -26,7 +26,8 @@ from interp.store.errors import DiskError, Locked
 
 TEMPORARY = ".tmp"
 _OURS = re.compile(r"\A\d{8}\.\d{4}\b.*-[0-9a-f]{64}\.(safetensors|parquet)\Z")  # as `Staged.publish` names files
-_PUSH = 1 << 24  # bytes after which the disk is told to get going
+_PUSH = 1 << 20  # bytes after which the disk is told to get going
+_PAGE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ class Staged:
         while done < len(view):  # write may take less than it was given
             done += os.write(self._fd, view[done:])
         self.bytes += len(view)
-        if self.bytes - self._pushed >= _PUSH and hasattr(os, "posix_fadvise"):
+        ready = self.bytes - self.bytes % _PAGE  # the last page is not full yet
+        if ready - self._pushed >= _PUSH and hasattr(os, "posix_fadvise"):
             # Linux takes this as a hint to begin writing these pages to the disk. Else it would begin at the fsync, and
             # everything would wait for it there.
-            os.posix_fadvise(self._fd, self._pushed, self.bytes - self._pushed, os.POSIX_FADV_DONTNEED)
-            self._pushed = self.bytes
+            os.posix_fadvise(self._fd, self._pushed, ready - self._pushed, os.POSIX_FADV_DONTNEED)
+            self._pushed = ready
 
     def digest(self, data: bytes | memoryview) -> None:
         """Take the same bytes into the checksum."""

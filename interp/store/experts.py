@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,42 +20,43 @@ from torch import Tensor
 
 from interp.activations import ExpertActivations
 from interp.store.errors import StoreError
-from interp.store.tensors import Shapes, real_tokens, take
-
-_GATHER = 4096  # rows sorted and written at once
+from interp.store.tensors import Shapes, as_items, real_tokens, rows_in, take
 
 
 class ExpertTable:
     """Collects the expert activations of one shard, then gives them back sorted by expert.
 
+    The batches stay as they came: neurons are moved once, from the batch straight to their place in the sorted table.
+
     Args:
-        rows: tokens that will come.
         n_experts: experts of the layer.
         dtype: of the neurons on disk; weights stay in float32, they are few.
     """
 
-    def __init__(self, rows: int, n_experts: int, dtype: torch.dtype) -> None:
-        self.rows, self.n_experts, self.dtype = rows, n_experts, dtype
-        self.filled = 0
-        self.ids = self.weights = self.hidden = torch.empty(0)
+    def __init__(self, n_experts: int, dtype: torch.dtype) -> None:
+        self.n_experts, self.dtype = n_experts, dtype
+        self.ids: list[Tensor] = []  # of each batch: [row, slot]
+        self.weights: list[Tensor] = []  # [row, slot]
+        self.hidden: list[Tensor] = []  # [row x slot, neuron]
 
     def append(self, experts: ExpertActivations, mask: Tensor) -> None:
         """Take in a batch; only tokens where `mask` [batch, pos] is true."""
         if experts.hidden is None:
             raise StoreError(f"expert_hidden[{experts.layer}]: the model gave no neurons of its experts")
-        if not self.filled:  # slots and neurons are known now
-            slots = experts.ids.shape[2]
-            self.ids = torch.empty(self.rows, slots, dtype=torch.int32)
-            self.weights = torch.empty(self.rows, slots, dtype=torch.float32)
-            self.hidden = torch.empty(self.rows, *experts.hidden.shape[2:], dtype=self.dtype)
-        span = slice(self.filled, self.filled + int(mask.sum()))
-        for mine, given in (self.ids, experts.ids), (self.weights, experts.weights), (self.hidden, experts.hidden):
-            real_tokens(given, mask, mine[span])
-        self.filled = span.stop
+        hidden = real_tokens(experts.hidden, mask).to(self.dtype)
+        self.slots, self.neurons = hidden.shape[1:]
+        self.hidden.append(hidden.flatten(0, 1))
+        self.ids.append(real_tokens(experts.ids, mask).int())
+        self.weights.append(real_tokens(experts.weights, mask).float())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the neurons, which is nearly all."""
+        return sum(batch.nbytes for batch in self.hidden)
 
     def sort(self) -> None:
         """Order the (token, slot) pairs by expert, then by token."""
-        ids = self.ids.flatten().numpy()
+        ids = torch.cat(self.ids).flatten().numpy()
         # numpy sorts short whole numbers by counting, a hundred times faster than torch.
         narrow = ids.astype(np.int16) if self.n_experts < 1 << 15 else ids
         order = narrow.argsort(kind="stable")
@@ -76,20 +78,35 @@ class ExpertTable:
             "offsets": (torch.int64, (self.n_experts + 1,)),
             "token_row": (torch.int32, (n,)),
             "weight": (torch.float32, (n,)),
-            "hidden": (self.dtype, (n, *self.hidden.shape[2:])),
+            "hidden": (self.dtype, (n, self.neurons)),
             "slot": (torch.int16, (n,)),
         }
 
-    def pieces(self) -> Iterator[tuple[str, Tensor]]:
-        """The columns in the order of `shapes`; `hidden` comes in pieces, so that no second copy is ever whole."""
-        row, slot = np.divmod(self.order.numpy(), self.ids.shape[1])
+    def pieces(self, size: int) -> Iterator[tuple[str, Tensor]]:
+        """The columns in the order of `shapes`. `hidden` comes in pieces of about `size` bytes, in memory that the next
+        piece takes over; after the last the neurons are let go.
+        """
+        row, slot = np.divmod(self.order.numpy(), self.slots)
         yield "offsets", self.offsets
         yield "token_row", torch.from_numpy(row.astype(np.int32))
-        yield "weight", take(self.weights.flatten(), self.order)
-        neurons = self.hidden.flatten(0, 1)
-        for block in self.order.split(_GATHER):
-            yield "hidden", take(neurons, block)
+        yield "weight", take(torch.cat(self.weights).flatten(), self.order)
+        rows = rows_in(size, self.hidden[0])
+        buffer = torch.empty(rows, self.neurons, dtype=self.dtype)
+        for block in self.order.split(rows):
+            self._gather(block.numpy(), buffer)
+            yield "hidden", buffer[: len(block)]
+        self.hidden.clear()
         yield "slot", torch.from_numpy(slot.astype(np.int16))
+
+    def _gather(self, pairs: Any, buffer: Tensor) -> None:
+        """Copy the neurons of some sorted (token, slot) pairs, given by number, to the start of `buffer`."""
+        sources, out = [as_items(batch) for batch in self.hidden], as_items(buffer)
+        first = np.cumsum([0, *map(len, sources)])  # number of each batch's first pair
+        batch = np.searchsorted(first, pairs, side="right") - 1
+        index = pairs - first[batch]
+        # An expert's pairs from one batch lie together: each such run is one piece of work.
+        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(batch)) + 1).tolist(), len(pairs)]):
+            np.take(sources[batch[start]], index[start:stop], out=out[start:stop], mode="clip")
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 # Rows are summed in float32 a few at a time, and these sums in float64. So few bfloat16 values lose next to nothing in
 # float32 (8 bits of mantissa against 24), and it is three times as fast as turning every value to float64.
 _ROWS, _VALUES = 256, 1 << 17
+_SERIAL = 1 << 15  # values that torch turns to another type without calling up threads, which the model needs
+_local = threading.local()  # each thread's buffer for such a block: it stays in the cache, and new memory is slow
 
 
 @dataclass
@@ -20,7 +23,7 @@ class Moments:
     """Sums over rows of values and of their squares, per dimension; rows with NaN or infinity are counted apart.
 
     The sums of two sets of rows add up to those of both, so shards can be summed in any number of processes and merged.
-    Works in numpy, because it runs beside the model, whose threads torch would share.
+    Works in numpy, because it runs beside the model, whose threads torch would take.
     """
 
     count: int = 0
@@ -40,7 +43,7 @@ class Moments:
             values = _float32(block)
             square = np.einsum("ij,ij->j", values, values)
             if not np.isfinite(square).all():  # found from the sum: looking at every value would cost a pass of its own
-                values = self._finite(values)
+                values = self._finite(values).astype(np.float64)  # also for squares that float32 cannot hold
                 square = np.einsum("ij,ij->j", values, values)
             self.count += len(values)
             total += values.sum(0)
@@ -73,12 +76,21 @@ class Moments:
 
 
 def _float32(rows: Tensor) -> Any:
-    """A copy of rows as a float32 array. bfloat16, which numpy lacks, is the upper half of a float32."""
-    if rows.dtype != torch.bfloat16:
-        return rows.numpy().astype(np.float32)
-    wide = rows.contiguous().view(torch.uint16).numpy().astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
+    """Rows [row, value] as a float32 array to read at once: it is theirs, or a buffer that the next call fills anew."""
+    if rows.dtype == torch.float32:
+        return rows.numpy()
+    if not hasattr(_local, "buffer") or _local.buffer.numel() < rows.numel():
+        _local.buffer = torch.empty(max(_VALUES, rows.numel()))
+    wide = _local.buffer[: rows.numel()].view(rows.shape)
+    if rows.dtype == torch.bfloat16:  # numpy lacks it, but it is the upper half of a float32
+        bits = wide.numpy().view(np.uint32)
+        np.copyto(bits, rows.view(torch.uint16).numpy())
+        np.left_shift(bits, 16, out=bits)
+    else:
+        step = max(1, _SERIAL // max(1, rows.shape[1]))
+        for there, here in zip(wide.split(step), rows.split(step), strict=True):
+            there.copy_(here)
+    return wide.numpy()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """One part of a dataset: run the model over some windows and lay the rows out on disk.
 
 A part is at most `shard_tokens` tokens. Its number of rows is known from its tokens before the model runs, so each
-site's file is begun at once and grows batch by batch: memory holds a few batches, however large the dataset. Writing,
-hashing and summing happen in other threads while the model works on the next batch. (Routed experts are the exception:
+site's file is begun at once and grows batch by batch: memory holds a few batches, however large the dataset. Summing,
+hashing and writing happen in other threads while the model works on the next batch. (Routed experts are the exception:
 they are collected for one part, to be sorted by expert.)
 """
 
@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ from interp.store.errors import StoreError
 from interp.store.experts import ExpertTable
 from interp.store.moments import Moments
 from interp.store.plan import Plan
-from interp.store.tensors import header, raw, real_tokens, save
+from interp.store.tensors import header, raw, real_tokens, rows_in, save
 
 FOLDERS = ("tokens", "shards")
-_LANES = min(4, max(2, os.cpu_count() or 1))
+_LANES = min(8, 2 * (os.cpu_count() or 1))  # more than cores: a lane may be waiting for the disk
+_SYNCS = 8  # files flushed at once: each waits for the disk, and the disk takes their requests together
 _IN_FLIGHT = 1 << 27  # bytes that may wait to be written before the model has to
+_BLOCK = 1 << 18  # bytes that are summed, hashed and written together: so many stay in a core's cache meanwhile
 
 
 class Workbench:
@@ -44,45 +47,44 @@ class Workbench:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
         self.files: list[Staged] = []
-        # Writing is the kernel copying, hashing and summing are arithmetic, and none of them needs the interpreter.
-        # A lane is one thread, which works in the order in which it was asked, so a file's bytes stay in order.
-        self._writing = ThreadPoolExecutor(1, thread_name_prefix="store-write")
-        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix="store-sum") for _ in range(_LANES)]
-        self._lane: dict[Staged, int] = {}
-        self._waiting: deque[tuple[list[Future[None]], int]] = deque()
+        # A lane is one thread, which works in the order in which it was asked, and a file has one lane: its bytes stay
+        # in order. Summing, hashing and writing are arithmetic and the kernel's copying; none needs the interpreter.
+        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix="store-lane") for _ in range(_LANES)]
+        self._syncing = ThreadPoolExecutor(_SYNCS, thread_name_prefix="store-sync")
+        self._lane: dict[Staged, ThreadPoolExecutor] = {}
+        self._waiting: deque[tuple[Future[None], int]] = deque()
         self._bytes = 0
 
     def stage(self, stem: str, suffix: str) -> Staged:
         staged = Staged(self.scratch, stem, suffix)
         self.files.append(staged)
-        self._lane[staged] = len(self._lane)
+        self._lane[staged] = self._lanes[len(self._lane) % _LANES]
         return staged
 
-    def append(self, staged: Staged, rows: Tensor, moments: Moments | None = None) -> None:
-        """Queue rows to be written and summed; waits when too much is queued. Errors of earlier writes come out here.
+    def append(self, staged: Staged, size: int, job: Callable[[], None]) -> None:
+        """Queue the writing of `size` bytes to a file; waits when too much is queued. Errors of earlier jobs come out
+        here.
         """
-        data = raw(rows)
-        lane = self._lane[staged]
-        jobs = [self._writing.submit(staged.put, data), self._lanes[lane % _LANES].submit(staged.digest, data)]
-        if moments is not None:
-            jobs.append(self._lanes[(lane + 1) % _LANES].submit(moments.add, rows))
-        self._waiting.append((jobs, len(data)))
-        self._bytes += len(data)
+        self._waiting.append((self._lane[staged].submit(job), size))
+        self._bytes += size
         while self._bytes > _IN_FLIGHT:
+            self._settle()
+
+    def settle(self) -> None:
+        """Wait until everything is written and summed, though it may not be on the disk yet."""
+        while self._waiting:
             self._settle()
 
     def flush(self) -> None:
         """Wait until everything is on the disk, and let go of the descriptors of files that are done."""
-        while self._waiting:
-            self._settle()
-        for staged in self.files:
-            staged.close()
+        self.settle()
+        for _ in self._syncing.map(Staged.close, self.files):
+            pass
 
     def _settle(self) -> None:
-        jobs, size = self._waiting.popleft()
+        job, size = self._waiting.popleft()
         self._bytes -= size
-        for job in jobs:
-            job.result()
+        job.result()
 
     def publish(self, root: Path) -> dict[str, dict[str, Any]]:
         """Move the finished files to their places; gives each file's entry for the manifest by its stem."""
@@ -95,11 +97,19 @@ class Workbench:
 
     def close(self) -> None:
         """Stop the threads and remove what was not published."""
-        for pool in (self._writing, *self._lanes):
+        for pool in (*self._lanes, self._syncing):
             pool.shutdown(wait=True, cancel_futures=True)
         self._waiting.clear()
         for staged in self.files:
             staged.discard()
+
+
+def absorb(staged: Staged, rows: Tensor, moments: Moments | None = None) -> None:
+    """Append rows to a file, its checksum and the sums, a block at a time."""
+    for block in rows.split(rows_in(_BLOCK, rows)):
+        if moments is not None:
+            moments.add(block)
+        staged.write(raw(block))
 
 
 def slug(site: Site) -> str:
@@ -141,7 +151,7 @@ def write_part(bench: Workbench, model: Any, plan: Plan, stem: str, windows: lis
     for writer in writers.values():
         writer.finish()
     bench.stage(stem, ".parquet").write(token_table(windows))
-    bench.flush()  # from here on the sums are whole
+    bench.settle()  # from here on the sums are whole
     statistics: dict[str, Tensor] = {}
     for site, writer in writers.items():
         statistics |= writer.statistics()
@@ -188,7 +198,8 @@ class _RowWriter:
             self.file.write(header({"rows": (self.dtype, (self.rows, *self.shape))}, about))
         kept = kept.to(self.dtype)
         # Sums are of the values as stored, so that a reader finds the same.
-        self.bench.append(self.file, kept, self.moments if kept.is_floating_point() else None)
+        sums = self.moments if kept.is_floating_point() else None
+        self.bench.append(self.file, kept.nbytes, partial(absorb, self.file, kept, sums))
 
     @property
     def first_nonfinite_row(self) -> int:
@@ -211,29 +222,32 @@ class _ExpertWriter:
     def __init__(self, bench: Workbench, plan: Plan, site: Site, stem: str, rows: int) -> None:
         assert site.layer is not None
         self.bench, self.site, self.layer, self.stem = bench, site, site.layer, stem
-        self.table = ExpertTable(rows, plan.n_experts, plan.torch_dtype)
+        self.table = ExpertTable(plan.n_experts, plan.torch_dtype)
         self.moments = Moments()
 
     def append(self, acts: Activations) -> None:
         self.table.append(acts.experts(self.layer), acts.mask)
 
     def finish(self) -> None:
-        self.table.sort()
         file = self.bench.stage(self.stem, ".safetensors")
+        self.bench.append(file, self.table.nbytes, partial(self._write, file))
+
+    def _write(self, file: Staged) -> None:
+        self.table.sort()
         file.write(header(self.table.shapes, {"format": "pt", "site": str(self.site), "sorted_by": "expert"}))
-        for column, piece in self.table.pieces():
-            self.bench.append(file, piece, self.moments if column == "hidden" else None)
+        for column, piece in self.table.pieces(_BLOCK):
+            absorb(file, piece, self.moments if column == "hidden" else None)
 
     @property
     def first_nonfinite_row(self) -> int:
         """The token of the first bad row of the table."""
-        return int(self.table.order[self.moments.first_nonfinite or 0]) // self.table.ids.shape[1]
+        return int(self.table.order[self.moments.first_nonfinite or 0]) // self.table.slots
 
     def statistics(self) -> dict[str, Tensor]:
         return self.moments.tensors(str(self.site)) | {f"{self.site}/expert_counts": self.table.counts}
 
     def entry(self) -> dict[str, Any]:
-        return {"file": self.stem, "shape": list(self.table.hidden.shape[2:]), "experts": self.table.n_experts,
+        return {"file": self.stem, "shape": [self.table.neurons], "experts": self.table.n_experts,
                 "dtype": str(self.table.dtype).removeprefix("torch."), "assignments": len(self.table.order),
                 "nonfinite_rows": self.moments.nonfinite}
 

@@ -12,6 +12,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@cache  # finding a package's version takes milliseconds
 def _versions() -> dict[str, str]:
     out = {"interp": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "pyarrow"):

@@ -37,6 +37,11 @@ def n_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return size
 
 
+def rows_in(size: int, rows: Tensor) -> int:
+    """How many of these rows [row, ...] fit in `size` bytes, one at least."""
+    return max(1, size // max(1, rows[:1].nbytes))
+
+
 def header(shapes: Shapes, metadata: Mapping[str, str]) -> bytes:
     """The start of a safetensors file whose tensors follow in the order of `shapes`.
 
@@ -58,6 +63,12 @@ def raw(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
+def as_items(rows: Tensor) -> Any:
+    """Rows [row, ...], contiguous, as a numpy array [row] whose items are whole rows of bytes: the same memory."""
+    flat = rows.view(len(rows), -1).view(torch.uint8)
+    return flat.numpy().view(f"V{flat.shape[1]}").squeeze(1)
+
+
 def take(rows: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     """``rows[index]`` along the first axis, on the CPU, for numbers in range; into `out` (contiguous) if given.
 
@@ -66,29 +77,23 @@ def take(rows: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if out is None:
         out = torch.empty(len(index), *rows.shape[1:], dtype=rows.dtype)
-    if out.numel():
-        source = rows.contiguous().view(len(rows), -1).view(torch.uint8).numpy()
-        target = out.view(len(out), -1).view(torch.uint8).numpy()
-        np.take(source, index.numpy(), axis=0, out=target, mode="clip")  # "raise" would go through a second buffer
+    if out.numel():  # mode "raise" would go through a second buffer
+        np.take(as_items(rows.contiguous()), index.numpy(), out=as_items(out), mode="clip")
     return out
 
 
-def real_tokens(tensor: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+def real_tokens(tensor: Tensor, mask: Tensor) -> Tensor:
     """The rows [row, ...] of a captured tensor [batch, pos, ...] where `mask` [batch, pos] is true, on the CPU.
 
-    With `out` they are copied there, in its dtype; without, they may be the captured tensor's own memory.
+    Where that is every row, they are the captured tensor's own memory.
     """
     rows = tensor.detach().flatten(0, 1)
-    if out is None and bool(mask.all()):
+    if bool(mask.all()):
         return rows.cpu()
     index = mask.flatten().nonzero().flatten()
     if rows.device.type != "cpu":
-        rows = rows[index.to(rows.device)].cpu()
-    elif out is None or out.dtype == rows.dtype:
-        return take(rows, index.cpu(), out)
-    else:
-        rows = take(rows, index.cpu())
-    return rows if out is None else out.copy_(rows)
+        return rows[index.to(rows.device)].cpu()
+    return take(rows, index.cpu())
 
 
 def save(staged: Staged, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

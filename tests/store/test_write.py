@@ -167,6 +167,48 @@ def test_statistics_of_many_rows_keep_their_digits():
     assert merged.count == 50_000
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [1, 3, 576, 40_000])
+def test_sums_are_those_of_float64_in_every_type(dtype, width):
+    """Also where a block is cut, and where the buffer of one call is larger than the next call's rows."""
+    from interp.store.moments import Moments
+
+    for rows in (700 if width < 1000 else 9, 5):
+        x = (torch.randn(rows, width) * 3 + 1).to(dtype)
+        got = Moments()
+        got.add(x)
+        torch.testing.assert_close(got.total, x.double().sum(0), rtol=1e-6, atol=1e-3)
+        torch.testing.assert_close(got.squares, x.double().square().sum(0), rtol=1e-6, atol=0)
+
+
+def test_squares_that_float32_cannot_hold_are_kept_apart_from_infinity():
+    from interp.store.moments import Moments
+
+    rows = torch.tensor([[1e30, 1.0], [float("inf"), 1.0], [2e30, 3.0], [float("nan"), 1.0]]).bfloat16()
+    got = Moments()
+    got.add(rows)
+    kept = rows[[0, 2]].double()
+    assert (got.count, got.nonfinite, got.first_nonfinite) == (2, 2, 1)
+    torch.testing.assert_close(got.squares, kept.square().sum(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(got.total, kept.sum(0), rtol=1e-9, atol=0)
+
+
+def test_expert_tables_of_uneven_batches_are_sorted_by_expert(write, fake):
+    """Batches of 1 to 9 tokens, whose runs are cut by the blocks in which they are written."""
+    ds = write([" ".join(f"w{i}x{j}" for j in range(i % 9)) + " end" for i in range(60)], sites=["expert_hidden[1]"],
+               batch_size=1, shard_tokens=4096, dtype="float32")
+    frame = ds.frame()
+    ids, position = torch.tensor(frame.token_id.to_numpy()), torch.tensor(frame.position.to_numpy())
+    model, site = fake.FakeModel(), Site.parse("expert_hidden[1]")
+    hidden = model.value(site, ids[None].long(), position[None].long())[0]
+    chosen = model.value(Site("expert_ids", 1), ids[None].long(), position[None].long())[0]
+    for expert in range(fake.N_EXPERTS):
+        row, slot = (chosen == expert).nonzero(as_tuple=True)
+        got = ds.expert(1, expert)
+        assert torch.equal(got.token_row.long(), row)
+        assert torch.equal(got.hidden, hidden[row, slot])
+
+
 def test_text_is_the_only_thing_that_matters_not_how_it_came(write, fake):
     """Batches follow from the range, so the number of workers and the moment of writing change nothing."""
     texts = fake.texts(40)
