@@ -1,0 +1,113 @@
+"""Reading a corpus back."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from interp.corpora.archive import members
+from interp.corpora.building import build, find, read_card
+from interp.corpora.documents import decode
+from interp.corpora.errors import CorpusError
+from interp.corpora.fetch import obtain
+from interp.corpora.sources import SOURCES
+from interp.corpora.split import SPLITS, size
+
+
+def load(
+    split: str,
+    labels: Sequence[str] | None = None,
+    group: str | None = None,
+    max_bytes: int | None = None,
+    path: str | Path | None = None,
+) -> dict[str, list[str]]:
+    """The documents of a split ("train", "validation", "test"), by label, in the order of the corpus.
+
+    `labels` or `group` choose what is read (default: every label that has documents in this split). `max_bytes`
+    bounds the UTF-8 bytes per label: whole documents while they fit, and always the first one. `path` is the
+    directory of a corpus; without it the one in the cache is used, and built on first use. Where only the small
+    fallback tier is there, a warning says so.
+
+    Documents of the parallel labels are in the same order in every language, and so are their paragraphs.
+    Raises CorpusError for an unknown split, label or group.
+    """
+    if split not in SPLITS:
+        raise CorpusError(f"split={split!r}: expected {', '.join(SPLITS)}")
+    if labels is not None and group is not None:
+        raise CorpusError("labels and group were both given; name the labels, or the group, not both")
+    if isinstance(labels, str):
+        raise CorpusError(f"labels={labels!r}: expected a list of labels, such as [{labels!r}]")
+    if max_bytes is not None and max_bytes <= 0:
+        raise CorpusError(f"max_bytes={max_bytes}: expected a positive number of bytes per label")
+    place = _default() if path is None else Path(path).expanduser()
+    card = read_card(place)
+    wanted = _wanted(card["labels"], card.get("groups", {}), labels, group, place)
+    wanted = [label for label in wanted if labels is not None or card["labels"][label][split]["documents"]]
+    return _read(place / f"{split}.parquet", wanted, max_bytes)
+
+
+def _default() -> Path:
+    if (full := find("full")) is not None:
+        return full
+    if (small := find("fallback")) is not None:
+        warnings.warn(
+            "interp.corpora: the full tier is not built, the small fallback tier is read; "
+            'corpora.build(tier="full") fetches and builds the full one',
+            stacklevel=3,
+        )
+        return small
+    return build(tier="auto")
+
+
+def _wanted(
+    known: dict[str, object],
+    groups: dict[str, list[str]],
+    labels: Sequence[str] | None,
+    group: str | None,
+    place: Path,
+) -> list[str]:
+    if group is not None:
+        if group not in groups:
+            raise CorpusError(f"group={group!r}: {place.name} has {', '.join(groups)}")
+        return [label for label in groups[group] if label in known]
+    if labels is None:
+        return list(known)
+    if missing := [label for label in labels if label not in known]:
+        raise CorpusError(f"labels={missing}: {place.name} has {', '.join(known)}")
+    return list(labels)
+
+
+def _read(file: Path, wanted: list[str], max_bytes: int | None) -> dict[str, list[str]]:
+    import pyarrow.parquet as pq
+
+    found: dict[str, list[str]] = {label: [] for label in wanted}
+    used = dict.fromkeys(wanted, 0)
+    full: set[str] = set()
+    table = pq.read_table(file, columns=["text", "label"], filters=[("label", "in", wanted)]) if wanted else None
+    for batch in table.to_batches() if table is not None else []:
+        for text, label in zip(batch["text"].to_pylist(), batch["label"].to_pylist(), strict=True):
+            used[label] += size(text)
+            if max_bytes is not None and used[label] > max_bytes and found[label]:
+                full.add(label)
+            if label not in full:
+                found[label].append(text)
+    return found
+
+
+def natural(most: int | None = None) -> list[str]:
+    """Natural English sentences of every kind (dialogue, reviews, messages) without labels: the package nlp-corpus,
+    some 100,000 sentences, fetched on first use and read from the package every time.
+
+    Its README claims no more than fair use for them: use them to check what was found on generated text, do not
+    republish them. `most` keeps the first so many. Raises CorpusError when the package cannot be fetched.
+    """
+    if most is not None and most <= 0:
+        raise CorpusError(f"most={most}: expected a positive number of sentences")
+    sentences: dict[str, None] = {}  # a set that keeps the order
+    files = members(obtain(SOURCES["nlp-corpus"]), lambda name: "/builds/doc-" in name and name.endswith(".json"))
+    for _, data in sorted(files):
+        sentences.update(dict.fromkeys(" ".join(s.split()) for s in json.loads(decode(data)) if isinstance(s, str)))
+    sentences.pop("", None)
+    return list(sentences)[:most]
