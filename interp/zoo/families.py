@@ -12,17 +12,26 @@ model's. A second style of checkpoint of one family has a key of its own (`falco
 
 from __future__ import annotations
 
-from interp.zoo.families_common import Family
+from typing import Any
+
+from interp.zoo.families_common import FACTORED, Family
 from interp.zoo.families_dense import DENSE_FAMILIES
 from interp.zoo.families_moe import MOE_FAMILIES, UNDECORATED_FAMILIES
 
 __all__ = ["FAMILIES", "NO_ATTENTION", "UNBUILT", "Family", "families"]
 
-FAMILIES: dict[str, Family] = MOE_FAMILIES | UNDECORATED_FAMILIES | DENSE_FAMILIES
+# Monet, our own: n^2 experts made of 2n parts, shared in either of two ways.
+_MONET: dict[str, Any] = {"moe_experts": 6, "moe_dim": 4, "moe_heads": 3, "moe_groups": 2}
+FACTORED_FAMILIES: dict[str, Family] = {
+    "monet": Family("monet", FACTORED, _MONET | {"moe_decompose": "vertical"}),
+    "monet_horizontal": Family("monet", FACTORED, _MONET | {"moe_decompose": "horizontal"}),
+}
+
+FAMILIES: dict[str, Family] = MOE_FAMILIES | UNDECORATED_FAMILIES | FACTORED_FAMILIES | DENSE_FAMILIES
 
 
 def families(kind: str | None = None) -> list[str]:
-    """Names of the families that can be built; of one `kind` ("moe", "moe-undecorated", "dense") or all."""
+    """Names of the families that can be built; of one `kind` ("moe", "moe-undecorated", "factored", "dense") or all."""
     return [name for name, family in FAMILIES.items() if kind in (None, family.kind)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MOE, UNDECORATED, DENSE = "moe", "moe-undecorated", "dense"
+MOE, UNDECORATED, FACTORED, DENSE = "moe", "moe-undecorated", "factored", "dense"
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Family:
     Attributes:
         model_type: the `model_type` of its config in transformers.
         kind: "moe" (its experts run through transformers' experts interface), "moe-undecorated" (it has
-            experts code of its own, which that interface does not reach) or "dense".
+            experts code of its own, which that interface does not reach), "factored" (ours: Monet) or "dense".
         overrides: config fields that go before the general recipe.
         note: what a user should know about it; empty if nothing.
         cls: name of the model class in transformers, where its table of causal language models has none.

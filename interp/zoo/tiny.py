@@ -229,6 +229,8 @@ def _config_class(model_type: str) -> type[PretrainedConfig]:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if model_type == "monet":
+        import interp.monet  # noqa: F401 - makes the architecture known to transformers
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"tiny({model_type!r}): transformers {transformers.__version__} does not have this family; "
