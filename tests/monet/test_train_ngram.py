@@ -26,8 +26,8 @@ def literal(runs: list[list[int]], order: int, history: tuple[int, ...], word: i
         c = counts[k]
         n = Counter(c.values())
         y = n[1] / (n[1] + 2 * n[2]) if n[1] + n[2] else 0.0
-        # counts of five and more count as five, as the module's bins do, which only n[1..4] use
-        d = {i: min(max(i - (i + 1) * y * n[i + 1] / n[i] if n[i] and n[i + 1] else 0.5, 0), i) for i in (1, 2, 3)}
+        d = {i: i - (i + 1) * y * n[i + 1] / n[i] if n[i] else 0 for i in (1, 2, 3)}
+        d = {i: x if 0 < x < i else 0.5 for i, x in d.items()}
         after = {w: c[(*h, w)] for w in range(V) if c[(*h, w)]}
         total = sum(after.values())
         if not total:

@@ -52,6 +52,8 @@ def train(
     warmup: Annotated[int, typer.Option(min=1, help="Steps in which the rate rises.")] = 100,
     decay: Annotated[float, typer.Option(min=0, max=1, help="Share of the run in which the rate falls.")] = 0.25,
     power: Annotated[float, typer.Option(help="0 reads all labels alike, 1 in proportion to their size.")] = 0.0,
+    uniform_start: Annotated[float, typer.Option(help="Monet: uniformity coefficient of the first step.")] = 0.5,
+    uniform_steps: Annotated[int, typer.Option(min=1, help="Monet: steps until it is the configuration's.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 0,
     threads: _Threads = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -76,7 +78,8 @@ def train(
     settings = loop.Settings(
         recipe=str(ctx.info_name), tokens=_count(tokens), overrides=parse_overrides(overrides or []), seed=seed,
         batch=batch, context=context, optimizer=optimizer, lr=lr,
-        router_lr=router_lr, warmup=warmup, decay=decay, power=power, bf16=bf16,
+        router_lr=router_lr, warmup=warmup, decay=decay, power=power,
+        uniform_start=uniform_start, uniform_steps=uniform_steps, bf16=bf16,
     )  # fmt: skip
     run = loop.Run(settings, prepare(data, vocabulary), out, device=device, compiled=compiled)
     if bf16 and not loop.native_bf16(run.device):

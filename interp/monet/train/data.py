@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ class Corpus:
     path: Path
     labels: list[str]
     spans: dict[str, dict[str, tuple[int, int]]]
-    ids: dict[str, Ids]
+    ids: Mapping[str, Ids]
     vocabulary: int
     special: dict[str, int]
     fingerprint: str

@@ -39,7 +39,12 @@ class Settings:
         recipe: name in `RECIPES`; overrides: changed fields of its configuration.
         tokens: length of the run, the one setting that may change on resume.
         batch, context: rows of a step, tokens of a row.
-        lr: peak learning rate; router_lr: that of routers, as a multiple of it; warmup: in steps; decay: share of the run in which the rate falls.
+        lr: peak learning rate; router_lr: that of routers, as a multiple of it; warmup: in steps; decay: share of
+            the run in which the rate falls.
+        uniform_start, uniform_steps: Monet's uniformity coefficient at first, and the steps in which it comes down to
+            the configuration's. In the first steps all tokens look alike to a router; unhindered, a few keys take
+            them all, and a key without tokens has no gradient. Later a batch of few documents should be free
+            to use few keys.
         power: how much more a larger label is read: 0 = all alike, 1 = as the corpus is.
         bf16: matrix products in bfloat16 (autocast); weights and optimisers stay in float32.
     """
@@ -59,6 +64,8 @@ class Settings:
     warmup: int = 100
     decay: float = 0.25
     power: float = 0.0
+    uniform_start: float = 0.5
+    uniform_steps: int = 400
     bf16: bool = False
 
     @property
@@ -90,6 +97,7 @@ class Run:
         torch.manual_seed(settings.seed)
         recipe = RECIPES[settings.recipe]
         self.model = recipe.model(corpus.vocabulary, corpus.special, **settings.overrides).to(self.device)
+        self._uniformity: float | None = getattr(self.model.config, "moe_uniformity_coef", None)
         self.forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
         self.sampler = Sampler(corpus, settings.context, settings.batch, seed=settings.seed, power=settings.power)
         self.schedule = Schedule(settings.steps, settings.warmup, settings.decay)
@@ -112,6 +120,7 @@ class Run:
     def train_step(self) -> dict[str, float]:
         """One step; returns its losses (nats per token), gradient norm and learning rate."""
         self.model.train()
+        self._weigh_uniformity()
         ids = torch.from_numpy(self.sampler.step(self.step)).to(self.device)
         with self._autocast():
             output = self.forward(input_ids=ids, labels=ids)
@@ -181,6 +190,13 @@ class Run:
                     break
         return self.step >= self.settings.steps
 
+    def _weigh_uniformity(self) -> None:
+        """Monet's uniformity coefficient of this step, falling geometrically to the configuration's own."""
+        if self._uniformity is not None:
+            start, end = max(self.settings.uniform_start, self._uniformity), self._uniformity
+            left = max(0.0, 1 - self.step / max(1, self.settings.uniform_steps))
+            self.model.config.moe_uniformity_coef = end * (start / end) ** left if end else start * left
+
     def _losses(self, output: Any) -> dict[str, float]:
         """The loss of the next token and the auxiliary losses, as each family names them."""
         loss = float(output.loss.detach())
@@ -249,7 +265,8 @@ def describe(device: torch.device) -> str:
         what = torch.cuda.get_device_name(device)
     else:
         what = f"{_processor()}, {torch.get_num_threads()} thread(s)"
-    return f"{what}; Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{what}; {versions}"
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -306,5 +323,5 @@ def _signals() -> Iterator[list[int]]:
     try:
         yield got
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

@@ -5,13 +5,13 @@
 
 A gradient matrix has a few large singular values and many small ones; O makes them all alike, so that rare directions
 are learned as quickly as frequent ones. O is approached by five steps of a Newton-Schulz iteration, which is matrix
-products only. The factor makes an update as large as AdamW's (root mean square 0.2), so both share learning rates.
+products only. The factor makes an update as large as AdamW's (root mean square 0.2): they share learning rates.
 
 torch.optim.Muon is the same method, for single matrices and in bfloat16. This one also takes stacks of matrices, which
 is what the experts of transformers' mixtures are, and works in the gradient's own precision: processors without
 bfloat16 products need several times as long as a whole training step to imitate them.
 
-Source: Jordan et al., Muon, 2024 (the iteration and its coefficients); Liu et al., arXiv 2502.16982, eq. 4 (the factor).
+Source: Jordan et al., Muon, 2024 (the iteration and its coefficients); Liu et al., arXiv 2502.16982 (the factor).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"params: one has shape {flat[0]}, expected [..., rows, columns]; give it to AdamW")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:

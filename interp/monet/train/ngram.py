@@ -1,7 +1,7 @@
 """The baseline: an interpolated modified Kneser-Ney 5-gram over the same token ids.
 
-    p_k(w | h) = max(0, c(h w) - D(c(h w))) / c(h)  +  gamma(h) p_{k-1}(w | h')        h' = h without its first token
-    gamma(h)   = (D1 N1(h) + D2 N2(h) + D3 N3+(h)) / c(h)                              N_c(h): words seen c times after h
+    p_k(w | h) = max(0, c(h w) - D(c(h w))) / c(h)  +  gamma(h) p_{k-1}(w | h')    h' = h without its first token
+    gamma(h)   = (D1 N1(h) + D2 N2(h) + D3 N3+(h)) / c(h)            N_c(h): words seen c times after h
     p_0(w)     = 1 / V
 
 At the highest order c counts occurrences; below it c(h w) counts the different tokens seen before h w, since a lower
@@ -107,14 +107,15 @@ class KneserNey:
 def discounts(counts: NDArray[np.int64]) -> Floats:
     """[0, D1, D2, D3+] from the counts of all n-grams of one order.
 
-    Where a count of counts is missing (small corpora) its D cannot be estimated and is 1/2; each D is kept within [0, c].
+    Where the counts of counts (small corpora) give no D between 0 and c, it is 1/2.
     """
     n = np.bincount(np.minimum(counts, 5), minlength=6).astype(float)
     found = np.zeros(4)
     for c in (1, 2, 3):
         y = n[1] / (n[1] + 2 * n[2]) if n[1] + n[2] else 0.0
-        found[c] = c - (c + 1) * y * n[c + 1] / n[c] if n[c] and n[c + 1] else 0.5
-    return np.clip(found, 0, [0, 1, 2, 3])
+        estimate = c - (c + 1) * y * n[c + 1] / n[c] if n[c] else 0.0
+        found[c] = estimate if 0 < estimate < c else 0.5  # 0 would leave the lower order nothing
+    return found
 
 
 def _look_up(keys: Keys, values: Floats, wanted: Keys, absent: float) -> Floats:

@@ -46,8 +46,9 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def routes(name: str) -> bool:
-    """Is this parameter a router's? A step moves a key's logit by about lr x the sum of |x| over d_model, for all tokens
-    alike as long as they look alike; at the full rate a few keys run away in the first steps and the rest die.
+    """Is this parameter a router's? A step moves a key's logit by about lr x the sum of |x| over d_model, for
+    all tokens alike as long as they look alike; at the full rate a few keys run away in the first steps and the rest
+    die.
     """
     return ".router." in name or ".mlp.gate." in name
 
