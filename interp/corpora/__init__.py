@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from interp.corpora.building import build
 from interp.corpora.catalogue import labels
-from interp.corpora.errors import CorpusError
+from interp.corpora.errors import CorpusError, UnavailableError
 from interp.corpora.reading import load, natural
 
-__all__ = ["CorpusError", "build", "labels", "load", "natural"]
+__all__ = ["CorpusError", "UnavailableError", "build", "labels", "load", "natural"]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from interp.corpora import catalogue, fallback
 from interp.corpora.documents import Document, rank
-from interp.corpora.errors import CorpusError
+from interp.corpora.errors import CorpusError, UnavailableError
 from interp.corpora.fetch import corpora_dir, locked, obtain, obtain_all
 from interp.corpora.pairs import pairs
 from interp.corpora.parallel import parallel
@@ -53,25 +53,27 @@ def build(
     in about two minutes; "fallback" needs no network and takes seconds; "auto" is the full one where it can be had,
     else the fallback, with a warning that says why.
 
-    Raises CorpusError for unknown labels, for packages that cannot be fetched (tier "full"), or for a directory that
-    holds something else.
+    Raises UnavailableError for labels that the tier does not have and for packages that cannot be fetched, CorpusError
+    for a directory that holds something else.
     """
     if tier not in ("auto", "full", "fallback"):
         raise CorpusError(f"tier={tier!r}: expected auto, full or fallback")
-    if tier != "fallback":
-        chosen = _chosen(labels, catalogue.ALL, "full" if tier == "full" else None)
-        try:
-            return _build("full", chosen, out, progress)
-        except CorpusError as error:
-            if tier == "full":
-                raise
-            why = str(error)
-        warnings.warn(
-            f"interp.corpora: the full tier cannot be had, the small fallback tier is used instead. {why}", stacklevel=2
-        )
-    else:
-        why = "asked for"
-    return _build("fallback", _chosen(labels, fallback.fallback_labels(), "fallback"), out, progress, why)
+    if tier == "fallback":
+        return _build("fallback", _chosen(labels, "fallback"), out, progress, "asked for")
+    try:
+        return _build("full", _chosen(labels, "full"), out, progress)
+    except UnavailableError as error:
+        if tier == "full":
+            raise
+        why = str(error)
+    try:
+        chosen = _chosen(labels, "fallback")
+    except UnavailableError as error:
+        raise UnavailableError(f"{why}\nThere is no fallback either: {error}") from None
+    warnings.warn(
+        f"interp.corpora: the full tier cannot be had, the small fallback tier is used instead. {why}", stacklevel=2
+    )
+    return _build("fallback", chosen, out, progress, why)
 
 
 def find(tier: str, labels: Sequence[str] | None = None) -> Path | None:
@@ -103,25 +105,26 @@ def read_card(path: Path) -> dict[str, Any]:
     return card
 
 
-def _chosen(labels: Sequence[str] | None, every: tuple[str, ...], tier: str | None) -> tuple[str, ...]:
+def _chosen(labels: Sequence[str] | None, tier: str) -> tuple[str, ...]:
+    """The labels to build, in the tier's order; raises UnavailableError for labels that it does not have."""
+    every = catalogue.ALL if tier == "full" else fallback.fallback_labels()
     if labels is None:
         return every
-    known = every if tier else (*every, *fallback.fallback_labels())
     if isinstance(labels, str) or not labels:
         raise CorpusError(f"labels={labels!r}: expected a list of one or more labels")
-    if unknown := [label for label in labels if label not in known]:
-        raise CorpusError(f"labels={unknown}: there are {', '.join(dict.fromkeys(known))}")
-    return tuple(label for label in every if label in set(labels))
+    if missing := [label for label in labels if label not in every]:
+        raise UnavailableError(f"labels={missing}: the {tier} tier has {', '.join(every)}")
+    return tuple(label for label in every if label in labels)
 
 
 def _build(
     tier: str, chosen: tuple[str, ...], out: str | Path | None, progress: Progress | None, why: str = ""
 ) -> Path:
-    if not chosen:
-        raise CorpusError(f"none of the labels can be built in the {tier} tier")
     if out is None:
         final = _place(tier, chosen)
         with locked(final.name):
+            for leftover in final.parent.glob(f".{final.name}.*.tmp"):  # of a build that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
             return final if is_whole(final) else _into(final, tier, chosen, progress, why)
     final = Path(out).expanduser()
     if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or (final / CARD).is_file())):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from interp.corpora.errors import CorpusError
+from interp.corpora.errors import CorpusError, UnavailableError
 from interp.corpora.sources import Kind, Source
 from interp.zoo.cache import cache_dir
 
@@ -65,7 +65,7 @@ def obtain(source: Source) -> Path:
 def obtain_all(sources: Iterable[Source], say: Callable[[str], None] | None = None) -> dict[str, Path]:
     """The package files, by package name; those that are missing are fetched, one call per tool.
 
-    `say` is told what is fetched. Raises CorpusError that lists every source that could not be had and why; what
+    `say` is told what is fetched. Raises UnavailableError that lists every source that could not be had and why; what
     could be had stays in the cache, so that the next try continues.
     """
     wanted = {source.package: source for source in sources}
@@ -76,6 +76,8 @@ def obtain_all(sources: Iterable[Source], say: Callable[[str], None] | None = No
     failures: list[str] = []
     with locked("packages"):
         place.mkdir(parents=True, exist_ok=True)
+        for leftover in place.glob(".fetch-*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         for kind, fetch in _TOOLS.items():
             missing = [s for s in wanted.values() if s.kind == kind and not found[s.package].is_file()]
             if not missing:
@@ -90,7 +92,7 @@ def obtain_all(sources: Iterable[Source], say: Callable[[str], None] | None = No
                 failures += _accept(missing, Path(scratch), place, trouble)
     if failures:
         listed = "".join(f"\n  {failure}" for failure in failures)
-        raise CorpusError(f"{len(failures)} of {len(wanted)} packages could not be fetched:{listed}")
+        raise UnavailableError(f"{len(failures)} of {len(wanted)} packages could not be fetched:{listed}")
     return found
 
 

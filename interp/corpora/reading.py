@@ -14,6 +14,7 @@ from interp.corpora.errors import CorpusError
 from interp.corpora.fetch import obtain
 from interp.corpora.sources import SOURCES
 from interp.corpora.split import SPLITS, size
+from interp.zoo.errors import notice
 
 
 def load(
@@ -26,9 +27,9 @@ def load(
     """The documents of a split ("train", "validation", "test"), by label, in the order of the corpus.
 
     `labels` or `group` choose what is read (default: every label that has documents in this split). `max_bytes`
-    bounds the UTF-8 bytes per label: whole documents while they fit, and always the first one. `path` is the
-    directory of a corpus; without it the one in the cache is used, and built on first use. Where only the small
-    fallback tier is there, a warning says so.
+    bounds the UTF-8 bytes per label; the document that crosses it is cut between words, later ones are left out.
+    `path` is the directory of a corpus; without it the one in the cache is used, and built on first use. Where only the
+    small fallback tier is there, a warning says so.
 
     Documents of the parallel labels are in the same order in every language, and so are their paragraphs.
     Raises CorpusError for an unknown split, label or group.
@@ -58,6 +59,7 @@ def _default() -> Path:
             stacklevel=3,
         )
         return small
+    notice("building the labelled corpus (once; 210 MB of packages are fetched, then a few minutes)")
     return build(tier="auto")
 
 
@@ -83,17 +85,27 @@ def _read(file: Path, wanted: list[str], max_bytes: int | None) -> dict[str, lis
     import pyarrow.parquet as pq
 
     found: dict[str, list[str]] = {label: [] for label in wanted}
-    used = dict.fromkeys(wanted, 0)
-    full: set[str] = set()
-    table = pq.read_table(file, columns=["text", "label"], filters=[("label", "in", wanted)]) if wanted else None
-    for batch in table.to_batches() if table is not None else []:
+    if not wanted:
+        return found
+    room = dict.fromkeys(wanted, max_bytes)
+    table = pq.read_table(file, columns=["text", "label"], filters=[("label", "in", wanted)])
+    for batch in table.to_batches():
         for text, label in zip(batch["text"].to_pylist(), batch["label"].to_pylist(), strict=True):
-            used[label] += size(text)
-            if max_bytes is not None and used[label] > max_bytes and found[label]:
-                full.add(label)
-            if label not in full:
+            left = room[label]
+            if left is not None:
+                whole = size(text) <= left
+                room[label] = left - size(text) if whole else 0
+                text = text if whole else _beginning(text, left)
+            if text:
                 found[label].append(text)
     return found
+
+
+def _beginning(text: str, room: int) -> str:
+    """At most `room` bytes of a longer text, cut between words where there are two."""
+    piece = text.encode()[:room].decode(errors="ignore")
+    end = max(piece.rfind("\n"), piece.rfind(" "))
+    return piece[:end] if end > 0 else piece
 
 
 def natural(most: int | None = None) -> list[str]:

@@ -94,9 +94,12 @@ def test_load_by_group_and_bytes(fallback):
     assert set(corpora.load("test", group="programming", path=fallback)) == {"python"}
     everything = corpora.load("train", labels=["dates"], path=fallback)["dates"]
     some = corpora.load("train", labels=["dates"], max_bytes=5_000, path=fallback)["dates"]
-    assert some == everything[: len(some)]
-    assert sum(len(t.encode()) for t in some) <= 5_000 < sum(len(t.encode()) for t in everything[: len(some) + 1])
-    assert len(corpora.load("train", labels=["dates"], max_bytes=1, path=fallback)["dates"]) == 1
+    assert some[:-1] == everything[: len(some) - 1]
+    assert everything[len(some) - 1].startswith(some[-1])
+    assert everything[len(some) - 1][len(some[-1])] in " \n"  # cut between words
+    assert 4_950 < sum(len(t.encode()) for t in some) <= 5_000
+    assert corpora.load("train", labels=["dates"], max_bytes=10**9, path=fallback)["dates"] == everything
+    assert corpora.load("train", labels=["dates"], max_bytes=1, path=fallback)["dates"] == [everything[0][:1]]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,10 @@ def test_load_by_group_and_bytes(fallback):
         (lambda p: corpora.load("test", max_bytes=0, path=p), "max_bytes=0: expected a positive"),
         (lambda p: corpora.load("test", path=p / "nowhere"), "no corpus"),
         (lambda p: corpora.build(p / "x", tier="best"), "tier='best': expected auto, full or fallback"),
-        (lambda p: corpora.build(p / "x", labels=["law"], tier="fallback"), "labels=.'law'.: there are python"),
+        (
+            lambda p: corpora.build(p / "x", labels=["law"], tier="fallback"),
+            "labels=.'law'.: the fallback tier has",
+        ),
         (lambda p: corpora.build(p / "x", labels=[], tier="fallback"), "expected a list of one or more"),
         (lambda p: corpora.build(p / "x", labels=["klingon"]), "klingon"),
         (lambda p: corpora.labels("music"), "there are domain, programming"),
@@ -154,10 +160,16 @@ def test_auto_says_when_it_falls_back(offline):
 
 def test_auto_without_a_fallback_for_the_label(offline):
     with (
-        pytest.warns(UserWarning, match="cannot be had"),
-        pytest.raises(CorpusError, match="there are python, docstrings"),
+        warnings.catch_warnings(action="error"),
+        pytest.raises(CorpusError, match=r"no network(.|\n)*no fallback either: .*the fallback tier has python"),
     ):
         corpora.build(labels=["law"], tier="auto")
+
+
+def test_auto_with_labels_of_the_fallback_only(offline):
+    with pytest.warns(UserWarning, match=r"labels=\['dates'\]: the full tier has law"):
+        place = corpora.build(labels=["dates", "toxic"], tier="auto")
+    assert set(corpora.load("test", path=place)) == {"dates", "toxic"}
 
 
 def test_full_without_a_network(offline):
@@ -175,6 +187,23 @@ def test_the_cache_is_used_and_mended(cache):
     (first / "test.parquet").write_bytes(b"damaged")
     assert corpora.build(labels=["dates"], tier="fallback") == first
     assert corpora.load("test", path=first)["dates"]
+
+
+def test_load_without_a_path(offline):
+    """The first call builds what can be built and says what it is, the next one reads it and says so again."""
+    with pytest.warns(UserWarning, match="the small fallback tier is used instead"):
+        first = corpora.load("test", labels=["dates"])
+    with pytest.warns(UserWarning, match=r'fallback tier is read; corpora.build\(tier="full"\)'):
+        assert corpora.load("test", labels=["dates"]) == first
+
+
+def test_leftovers_of_a_killed_build_are_removed(cache):
+    place = corpora.build(labels=["dates"], tier="fallback")
+    leftover = place.parent / f".{place.name}.killed.tmp"
+    leftover.mkdir()
+    (leftover / "train.parquet").write_bytes(b"half")
+    corpora.build(labels=["dates"], tier="fallback")
+    assert not leftover.exists()
 
 
 def test_generated_labels_of_the_full_tier_need_no_network(offline):

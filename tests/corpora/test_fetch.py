@@ -54,6 +54,7 @@ def test_a_file_is_known_by_its_checksum_not_its_name(cache, tools):
 
 
 def test_wrong_checksum(cache, tools):
+    (cache / "corpora" / "packages" / ".fetch-killed").mkdir(parents=True)  # a process that did not end well
     script(tools, "npm", "pathlib.Path('thing-1.0.tgz').write_bytes(b'another package')")
     found = hashlib.sha256(b"another package").hexdigest()[:16]
     with pytest.raises(CorpusError, match=f"thing-1.0.tgz has sha256 {found}…, expected {PINNED[:16]}"):
