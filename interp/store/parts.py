@@ -38,7 +38,7 @@ FOLDERS = ("tokens", "shards")
 _LANES = min(8, 2 * (os.cpu_count() or 1))  # more than cores: a lane may be waiting for the disk
 _SYNCS = 8  # files flushed at once: each waits for the disk, and the disk takes their requests together
 _IN_FLIGHT = 1 << 27  # bytes that may wait to be written before the model has to
-_BLOCK = 1 << 18  # bytes that are summed, hashed and written together: so many stay in a core's cache meanwhile
+_BLOCK = 1 << 20  # bytes that are summed, hashed and written together: they stay in the cache meanwhile
 
 
 class Workbench:
