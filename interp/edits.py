@@ -44,12 +44,14 @@ class Where:
         position: place of each token among its row's real tokens [batch, pos].
         mask: the tokens that this edit may change [batch, pos].
         pos_axis: the axis of the activation that runs over tokens.
+        inputs: at a module's output, the arguments by position that the module was given; else empty.
     """
 
     site: str
     position: Tensor
     mask: Tensor
     pos_axis: int = 1
+    inputs: tuple[Any, ...] = ()
 
 
 class Map(Protocol):

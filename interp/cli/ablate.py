@@ -146,8 +146,8 @@ def _halves(found: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str
         order = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
         if len(order) < 4:
             raise ValueError(
-                f"label {label!r}: {len(order)} different texts; at least four are needed, two to choose experts on and "
-                "two to score on"
+                f"label {label!r}: {len(order)} different texts; at least four are needed, two to choose experts on "
+                "and two to score on"
             )
         halves[0][label], halves[1][label] = order[: len(order) // 2], order[len(order) // 2 :]
     return halves

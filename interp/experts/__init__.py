@@ -4,6 +4,7 @@
     law   = experts.select(stats, "law", rule="skew", ratio=2.0)     the experts that carry one
     with experts.switched_off(m, law):                               without them
         m.generate("The court")
+    with m.intervene(experts.ablate(law, scope="generated")): ...    the same as an Edit, on some tokens
     table = experts.evaluate(m, law, held_out, controls=20)          what that did, beside random experts
     path  = experts.resect(m, law, "without-law")                    a checkpoint that is so for good
 
@@ -13,6 +14,7 @@ MLP neurons of a dense model, so that the three can be compared (`interp.experts
 
 from __future__ import annotations
 
+from interp.experts.ablate import Ablation, ablate
 from interp.experts.bake import resect
 from interp.experts.batches import Corpus, corpus
 from interp.experts.controls import matched
@@ -26,11 +28,13 @@ from interp.experts.units import ExpertError, units_of
 
 __all__ = [
     "RULES",
+    "Ablation",
     "Corpus",
     "ExpertError",
     "ExpertSet",
     "Losses",
     "RoutingStats",
+    "ablate",
     "at_damage",
     "corpus",
     "correlation",

@@ -33,7 +33,11 @@ def place_tap(place: Place, tap: Tap) -> list[Handle]:
 
 def _at_output(place: Place, tap: Tap) -> list[Handle]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return _with_first(output, tap.framed)
+        tap.inputs = args
+        try:
+            return _with_first(output, tap.framed)
+        finally:
+            tap.inputs = ()
 
     return [place.module.register_forward_hook(hook)]
 

@@ -124,7 +124,7 @@ class Bound:
             self._cache = (clock.calls, self.edit.scope(clock.now))
         return self._cache[1]
 
-    def __call__(self, h: Tensor, clock: Clock, ids: Tensor | None) -> Tensor:
+    def __call__(self, h: Tensor, clock: Clock, ids: Tensor | None, inputs: tuple[Any, ...] = ()) -> Tensor:
         """`h` with this edit done to it; `ids` [batch, pos, slot] are the chosen experts at routed sites."""
         kind, index = self.site.kind, dict(self.site.index)
         columns = clock.now
@@ -136,7 +136,7 @@ class Bound:
         part, gone = narrow(h, self.site), {kind.index[key] for key in index}
         pos_axis = [a for a in kind.axes if a not in gone].index(kind.axes[kind.pos_axis])
         position = clock.cut(columns.position, n).to(h.device)
-        where = Where(str(self.site), position, mask, pos_axis)
+        where = Where(str(self.site), position, mask, pos_axis, inputs)
         new = self.edit.map(part, where)
         if new.shape != part.shape or new.dtype != part.dtype or new.device != part.device:
             raise EditError(
@@ -182,10 +182,11 @@ class Tap:
     clock: Clock
     edits: list[Bound] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
+    inputs: tuple[Any, ...] = ()  # of the module at whose output the tap stands, while it runs
 
     def __call__(self, h: Tensor, ids: Tensor | None = None) -> Tensor:
         for bound in self.edits:
-            h = bound(h, self.clock, ids)
+            h = bound(h, self.clock, ids, self.inputs)
         for reader in self.readers:
             twin = reader(self.site, h, self.clock)
             h = h if twin is None else twin
