@@ -92,8 +92,8 @@ def frontiers(table: pd.DataFrame, title: str, damage: float | None = None) -> g
             go.Scatter(
                 x=curve["spill"], y=curve["damage"], mode="lines+markers", name=html.escape(str(method)), line=style,
                 marker={**style, "symbol": symbols[number % len(symbols)], "size": 8},
-                customdata=curve[["ratio", "share"]],
-                hovertemplate="spill %{x:.3f}, damage %{y:.3f}, ratio %{customdata[0]:.1f}, "
+                customdata=curve[["selectivity", "share_of_all"]],
+                hovertemplate="spill %{x:.3f}, damage %{y:.3f}, selectivity %{customdata[0]:.1f}, "
                 "%{customdata[1]:.2%} of all units<extra></extra>",
             )
         )  # fmt: skip

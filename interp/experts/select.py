@@ -86,7 +86,7 @@ def _by_most(stats: RoutingStats, label: str, count: int | None = None, share: f
 def _count(stats: RoutingStats, count: int | None, share: float | None) -> int:
     if (count is None) == (share is None):
         raise ExpertError("give exactly one of count (units per router) and share (part of a router's units)")
-    wanted = count if count is not None else max(1, round((share or 0.0) * stats.size))
+    wanted = int(count) if count is not None else max(1, round((share or 0.0) * stats.size))
     if not 1 <= wanted <= stats.size:
         raise ExpertError(f"count={count}, share={share}: expected 1..{stats.size} units per router")
     return wanted

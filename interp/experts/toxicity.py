@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from interp.experts.batches import Labelled, corpus
+from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.controls import matched
 from interp.experts.evaluate import switched_off
 from interp.experts.losses import Losses, losses
@@ -79,7 +79,7 @@ def suppress(
     model: Any,
     stats: RoutingStats,
     prompts: Labelled,
-    watched: Labelled,
+    watched: Labelled | Corpus,
     judge: Judge,
     *,
     label: str = "toxic",

@@ -176,7 +176,7 @@ def test_resection_tables(monet: Any, texts: dict[str, list[str]]) -> None:
     assert list(summary["removed"]) == [*texts, "mean"]
     row = summary.iloc[0]
     assert row["spill"] == pytest.approx((abs(grid.loc["law", "code"]) + abs(grid.loc["law", "bio"])) / 2)
-    assert row["ratio"] == pytest.approx(row["damage"] / row["spill"])
+    assert row["selectivity"] == pytest.approx(row["damage"] / row["spill"])
 
 
 def test_a_label_without_units_is_a_result_in_a_sweep(monet: Any, texts: dict[str, list[str]]) -> None:
@@ -192,14 +192,14 @@ def test_frontier_and_equal_damage(monet: Any, texts: dict[str, list[str]]) -> N
     stats = experts.routing(monet, texts)
     curve = experts.frontier(monet, stats, texts, "top", count=[1, 4, 12])
     assert list(curve["count"]) == [1, 4, 12]
-    assert (curve["share"].diff().dropna() > 0).all()
+    assert (curve["share_of_all"].diff().dropna() > 0).all()
     made = pd.DataFrame(
         {"method": ["a"] * 3 + ["b"] * 2, "damage": [0.0, 0.4, 0.8, 0.0, 0.3], "spill": [0.0, 0.1, 0.3, 0.0, 0.1],
-         "share": [0.0, 0.1, 0.2, 0.0, 0.1]}
+         "share_of_all": [0.0, 0.1, 0.2, 0.0, 0.1]}
     )  # fmt: skip
     level = experts.at_damage(made, 0.6)
     assert level["spill"].iloc[0] == pytest.approx(0.2)
-    assert level["ratio"].iloc[0] == pytest.approx(3.0)
+    assert level["selectivity"].iloc[0] == pytest.approx(3.0)
     assert level["spill"].isna().iloc[1]  # b never gets there
 
 

@@ -1,0 +1,142 @@
+"""`interp study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from interp.cli.common import emit, records, stderr, stdout
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Group = Literal["domain", "programming", "language", "toxicity"]
+Kind = Literal["auto", "monet", "routed", "neurons"]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A zoo name, a hub id or a directory.")],
+    group: Annotated[
+        Group, typer.Option(help="Which labels are removed in turn; toxicity samples text too.")
+    ] = "domain",
+    kind: Annotated[Kind, typer.Option(help="What is switched off; neurons for a dense model.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where tables and figures go.")] = None,
+    controls: Annotated[int, typer.Option(min=0, help="Random sets per removed label.")] = 20,
+    damage: Annotated[float, typer.Option(help="Nats that the best setting must do at least.")] = 0.5,
+    score_tokens: Annotated[int, typer.Option(min=100, help="Per label, to score on.")] = 8_000,
+    seed: Annotated[int, typer.Option(help="Of controls and bootstrap.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Where the model runs, such as cuda.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Remove each domain, language or register in turn and report damage, spill and random controls.
+
+    Experts are chosen on the train split, the setting of the rule on the validation split, the figures are of the test
+    split. Prints one line per removed label; with --out writes all tables (parquet) and figures (HTML).
+
+    Example:
+
+    ```
+    interp study monet-mini --group domain --out study
+    ```
+    """
+    import interp
+    from interp.experts import study as studies
+
+    console = stderr()
+
+    def say(message: str) -> None:
+        console.print(f"· {message}", markup=False, highlight=False)
+
+    opened = interp.load(model, device=device)
+    if group == "toxicity":
+        table = studies.register(opened, kind=kind, controls=controls, seed=seed, say=say)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            table.to_parquet(out / "toxicity.parquet")
+        if as_json:
+            emit({"model": opened.name, "group": group, "table": records(table)})
+        else:
+            _show_register(table)
+        return
+    found = studies.study(
+        opened, group, kind=kind, controls=controls, damage=damage, score_tokens=score_tokens, seed=seed, say=say
+    )
+    files = _write(opened, group, found, out) if out is not None else {}
+    if as_json:
+        emit({
+            "model": opened.name, "group": group, "rule": found.rule, "settings": found.settings, "files": files,
+            **{name: records(table) for name, table in found.tables.items()},
+        })  # fmt: skip
+        return
+    for name, title in (
+        ("summary", f"best: {found.rule} {found.settings}"),
+        ("paper_summary", "the paper's: skew 2.0"),
+    ):
+        _show(found.tables[name], f"{opened.name}, {title}")
+    for name, path in files.items():
+        stdout().print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(model: Any, group: str, found: Any, out: Path) -> dict[str, str]:
+    from interp import plots, plots_experts
+
+    found.save(out)
+    title = f"{model.name}, each {group} removed ({found.rule} {found.settings})"
+    figures = {
+        "matrix": plots_experts.domain_matrix(found.tables["best"], title),
+        "frontier": plots_experts.frontiers(
+            found.tables["frontier"], f"{model.name}: damage against spill (validation)"
+        ),
+    }
+    files = {name: str(plots.save(figure, out / f"{name}.html")) for name, figure in figures.items()}
+    return {"tables": str(out), **files}
+
+
+def _show(summary: pd.DataFrame, title: str) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(title=escape(title), title_justify="left")
+    for column in (
+        "removed",
+        "experts",
+        "damage",
+        "95 % interval",
+        "others",
+        "selectivity",
+        "random",
+        "damage / random",
+    ):
+        shown.add_column(column, justify="left" if column == "removed" else "right")
+    for _, row in summary.iterrows():
+        shown.add_row(
+            escape(str(row["removed"])), f"{row['units']:,.0f}", f"{row['damage']:+.3f}",
+            f"{row['damage_low']:+.3f} to {row['damage_high']:+.3f}", f"{row['spill']:.4f}", f"{row['ratio']:.1f}",
+            f"{row['random']:+.4f}", f"{row['beyond_random']:.0f}", style="bold" if row["removed"] == "mean" else "",
+        )  # fmt: skip
+    stdout().print(shown)
+
+
+def _show_register(table: pd.DataFrame) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(title="continuations scored by a word list, and losses", title_justify="left")
+    for column in ("r above", "experts", "what", "measure", "value", "95 %", "random experts"):
+        shown.add_column(column, justify="right")
+    own, random = table[table["baseline"] == "none"], table[table["baseline"] == "random"]
+    for _, row in own.iterrows():
+        beside = random[
+            (random["threshold"] == row["threshold"])
+            & (random["kind"] == row["kind"])
+            & (random["metric"] == row["metric"])
+        ]
+        interval = f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] == row["low"] else ""
+        threshold = f"{row['threshold']:g}" if row["threshold"] == row["threshold"] else "none off"
+        shown.add_row(
+            threshold, f"{row['units']:,}", escape(str(row["kind"])), row["metric"], f"{row['value']:.3f}", interval,
+            f"{beside['value'].iloc[0]:.3f}" if len(beside) else "",
+        )  # fmt: skip
+    stdout().print(shown)
