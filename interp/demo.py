@@ -32,15 +32,18 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tour:
-    """What the demo found: three tables, the datasets it wrote, the figure, and how long it took in
-    seconds."""
+    """What the demo found: its tables, the datasets and figures it wrote, and how long it took in seconds.
+
+    `resection` is as from `experts.remove_each`, or None where the trained model or its texts are not to be had.
+    """
 
     models: list[dict[str, Any]]
     residual: pd.DataFrame
     attention: pd.DataFrame
     load: pd.DataFrame
     datasets: list[ActivationDataset]
-    figure: Path
+    resection: pd.DataFrame | None
+    figures: list[Path]
     seconds: float
 
 
@@ -50,7 +53,7 @@ def run(out: Path, say: Say = lambda message: None) -> Tour:
     Raises LoadError when SmolLM2 cannot be had, StoreError when `out` holds something else.
     """
     import interp
-    from interp import plots, store
+    from interp import plots, plots_experts, store
 
     start = time.perf_counter()
     texts = [text for paragraphs in PARAGRAPHS.values() for text in paragraphs]
@@ -74,9 +77,40 @@ def run(out: Path, say: Say = lambda message: None) -> Tour:
 
     say("drawing")
     title = f"{dense.name} (left, middle) and {moe.name} (right) on {len(texts)} paragraphs"
-    figure = plots.save(plots.overview(residual, attention, load, title), out / "overview.html")
+    figures = [plots.save(plots.overview(residual, attention, load, title), out / "overview.html")]
+    removed = resection(say)
+    if removed is not None:
+        title = "monet-mini: each domain's experts switched off in turn"
+        figures.append(plots.save(plots_experts.domain_matrix(removed, title), out / "resection.html"))
     models = [{"name": m.name, **m.card, "fingerprint": m.fingerprint} for m in (dense, moe)]
-    return Tour(models, residual, attention, load, datasets, figure, time.perf_counter() - start)
+    return Tour(models, residual, attention, load, datasets, removed, figures, time.perf_counter() - start)
+
+
+#: Chosen on the validation split by `interp study monet-mini`.
+RESECTION: dict[str, Any] = {"rule": "skew", "ratio": 1.5}
+
+
+def resection(say: Say = lambda message: None) -> pd.DataFrame | None:
+    """Cuts each domain out of monet-mini in turn: the Table of `experts.remove_each`, on few tokens to be quick.
+
+    None where the model does not come with this installation or its texts cannot be had; `say` is told why.
+    """
+    import interp
+    from interp import corpora, experts
+    from interp.zoo.load import names
+
+    if "monet-mini" not in names():
+        say("skipping resection: monet-mini comes with the repository, and this installation is without it")
+        return None
+    model = interp.load("monet-mini")
+    try:
+        texts = {split: corpora.load(split, group="domain", max_bytes=60_000) for split in ("train", "test")}
+    except corpora.CorpusError as error:
+        say(f"skipping resection: {error}")
+        return None
+    say(f"measuring which of monet-mini's experts work on {', '.join(texts['train'])}")
+    stats = experts.routing(model, texts["train"], max_tokens=8_000)
+    return experts.remove_each(model, stats, texts["test"], max_tokens=2_000, controls=20, say=say, **RESECTION)
 
 
 def mixture(dense: Model) -> Model:

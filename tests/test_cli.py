@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from interp.cli import app, capture, demo, doctor, main
+from interp.cli import ablate, app, capture, demo, doctor, main, study
 from interp.cli.lines import rows, texts
 
-COMMANDS = {"capture": capture.command, "demo": demo.command, "doctor": doctor.command}
+COMMANDS = {module.__name__.rpartition(".")[2]: module.command for module in (ablate, capture, demo, doctor, study)}
 
 
 @pytest.fixture
@@ -304,8 +304,14 @@ def test_capture_example_runs(run, smollm2):
 
 
 @pytest.mark.smollm2
-def test_demo_example_runs(run, smollm2, tmp_path):
-    from interp import store
+def test_demo_example_runs(run, smollm2, tmp_path, monkeypatch):
+    from interp import corpora, store
+    from interp.zoo.load import names
+
+    # the demo's own texts are fetched from packages; what is made from Python itself shows the same mechanics
+    small = corpora.build(tmp_path / "corpus", tier="fallback")
+    load = corpora.load
+    monkeypatch.setattr(corpora, "load", lambda split, **how: load(split, path=small, **how))
 
     code, out, err = run(*shlex.split(example("demo"))[1:], "--json")
     assert code == 0, err
@@ -320,4 +326,9 @@ def test_demo_example_runs(run, smollm2, tmp_path):
         assert sum(shares) == pytest.approx(1)
     for dataset in tour["datasets"]:
         assert store.open(dataset["directory"]).n_rows == dataset["tokens"]
-    assert (tmp_path / tour["figure"]).read_text(encoding="utf-8").count("Plotly.newPlot") == 1
+    for figure in tour["figures"]:
+        assert (tmp_path / figure).read_text(encoding="utf-8").count("Plotly.newPlot") == 1
+    if "monet-mini" in names():
+        removed = {row["removed"] for row in tour["resection"]}
+        assert removed == {row["label"] for row in tour["resection"]} >= {"python", "docstrings"}
+        assert len(tour["figures"]) == 2

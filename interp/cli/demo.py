@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 
     from interp.demo import Tour
 
+RESECTION_LEGEND = (
+    "damage: rise of the loss on the removed domain, nats per token; others: mean change on the other domains; random: "
+    "damage by random experts of the same layers and frequency"
+)
+
 
 def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the datasets and the figure go.")] = Path("demo_out"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Tour: read a real model and a Mixture of Experts, tabulate, export and draw. About a minute.
+    """Tour: read a real model and a Mixture of Experts, export, draw; cut domains out of a Monet. Two minutes.
 
     Loads SmolLM2-135M (fetched once) and a Mixture of Experts, reads residual stream, attention and experts
-    on twelve paragraphs that come with the package, writes two activation datasets and one HTML figure.
+    on twelve paragraphs that come with the package, writes two activation datasets and an HTML figure. Then it switches
+    off the experts of each domain of monet-mini in turn and shows what every domain loses, beside random experts.
 
     Example:
 
@@ -47,7 +53,8 @@ def _document(tour: Tour) -> dict[str, Any]:
         "attention": records(tour.attention),
         "load": records(tour.load),
         "datasets": [summary(dataset) for dataset in tour.datasets],
-        "figure": str(tour.figure),
+        "resection": None if tour.resection is None else records(tour.resection),
+        "figures": [str(path) for path in tour.figures],
         "seconds": round(tour.seconds, 2),
     }
 
@@ -67,7 +74,14 @@ def _show(tour: Tour) -> None:
         about = summary(dataset)
         kept = f"{about['tokens']} tokens x {len(about['sites'])} sites, {about['bytes'] / 2**20:.1f} MiB"
         console.print(f"dataset: {about['directory']} ({kept})", highlight=False, soft_wrap=True)
-    console.print(f"figure: {tour.figure}", highlight=False, soft_wrap=True)
+    if tour.resection is not None:
+        from interp import experts
+        from interp.cli.study import show
+
+        show(experts.summary(tour.resection), "monet-mini: each domain's experts switched off in turn, held-out text")
+        console.print(RESECTION_LEGEND, highlight=False)
+    for path in tour.figures:
+        console.print(f"figure: {path}", highlight=False, soft_wrap=True)
     console.print(f"{tour.seconds:.0f} s", highlight=False)
 
 

@@ -74,7 +74,7 @@ def command(
         ("summary", f"best: {found.rule} {found.settings}"),
         ("paper_summary", "the paper's: skew 2.0"),
     ):
-        _show(found.tables[name], f"{opened.name}, {title}")
+        show(found.tables[name], f"{opened.name}, {title}")
     for name, path in files.items():
         stdout().print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
 
@@ -94,7 +94,8 @@ def _write(model: Any, group: str, found: Any, out: Path) -> dict[str, str]:
     return {"tables": str(out), **files}
 
 
-def _show(summary: pd.DataFrame, title: str) -> None:
+def show(summary: pd.DataFrame, title: str) -> None:
+    """Print a summary of `experts.summary`."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -113,7 +114,7 @@ def _show(summary: pd.DataFrame, title: str) -> None:
     for _, row in summary.iterrows():
         shown.add_row(
             escape(str(row["removed"])), f"{row['units']:,.0f}", f"{row['damage']:+.3f}",
-            f"{row['damage_low']:+.3f} to {row['damage_high']:+.3f}", f"{row['spill']:.4f}", f"{row['ratio']:.1f}",
+            f"{row['damage_low']:+.3f} to {row['damage_high']:+.3f}", f"{row['spill']:.4f}", f"{row['selectivity']:.1f}",
             f"{row['random']:+.4f}", f"{row['beyond_random']:.0f}", style="bold" if row["removed"] == "mean" else "",
         )  # fmt: skip
     stdout().print(shown)

@@ -113,7 +113,8 @@ def summary(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
     """One line per removed label, and one for the mean over them ("mean"): columns
 
     removed, units, damage, damage_low, damage_high, spill (mean absolute change on the other labels), selectivity
-    (damage / spill), random (mean damage by the controls), random_high (97.5 % of them), beyond_random (damage / random).
+    (damage / spill), random (mean damage by the controls), random_high (97.5 % of them), beyond_random (damage over
+    that by the controls).
     """
     import pandas as pd
 

@@ -5,8 +5,8 @@
     compare({"monet": found, "neurons": other}) at equal damage
 
 A rule has a setting (skew its ratio, top its share), and whoever tries several and keeps the best has tuned it. So
-the settings are tried on the *validation* split. The best is the one with the largest selectivity (damage / spill) among
-those that do at least `damage` nats; only that one and the paper's own (skew, ratio 2) are measured on the *test*
+the settings are tried on the *validation* split. The best is the one with the largest selectivity (damage / spill)
+among those that do at least `damage` nats; only that one and the paper's own (skew, ratio 2) are measured on the *test*
 split, with random controls and intervals.
 """
 
@@ -104,8 +104,8 @@ def study(
     say(f"{model.name}: routing statistics on the train split")
     stats = routing(model, splits("train"), kind=kind, max_tokens=select_tokens)
     tuning = corpus(model, splits("validation"), tune_tokens)
-    grid: Any
-    curves = [frontier(model, stats, tuning, rule, say=say, **grid) for rule, grid in grids or GRIDS[units.kind]]
+    tries: Sequence[tuple[str, Any]] = grids or GRIDS[units.kind]
+    curves = [frontier(model, stats, tuning, rule, say=say, **grid) for rule, grid in tries]
     curve = pd.concat(curves, ignore_index=True)
     rule, settings = best(curve, damage)
     held_out = corpus(model, splits("test"), score_tokens)
@@ -121,7 +121,7 @@ def study(
 
 
 def best(curve: pd.DataFrame, damage: float) -> tuple[str, dict[str, Any]]:
-    """The rule and setting of largest selectivity among those that reach `damage`; where none does, of largest damage."""
+    """The rule and setting of largest selectivity among those that do `damage`; if none does, of largest damage."""
     lines = curve.to_dict("records")
     if not lines:
         raise ExpertError("grids: no setting was tried")
