@@ -148,6 +148,7 @@ def register(
     prompts: int = 100,
     select_tokens: int = 100_000,
     score_tokens: int = 8_000,
+    watch: Sequence[str] | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda message: None,
     **how: Any,
@@ -155,7 +156,7 @@ def register(
     """The toxicity study: `toxicity.suppress` on the project's rude and friendly conversations.
 
     Experts are chosen on the train split's words; the model continues the first words of posts of the test split, whose
-    rude words are others; watched are both registers and all domains.
+    rude words are others; watched are both registers and the labels `watch`.
 
     Args:
         model: the model.
@@ -164,6 +165,7 @@ def register(
         prompts: beginnings of each register.
         select_tokens: per register, for the statistics.
         score_tokens: per watched label.
+        watch: labels whose loss must not suffer, default all domains.
         seed: of sampling and controls.
         say: is told what happens next.
         **how: further settings of `suppress`.
@@ -174,7 +176,9 @@ def register(
     say(f"{model.name}: routing statistics on the train split")
     stats = routing(model, corpora.load("train", labels=["toxic", "neutral"]), kind=kind, max_tokens=select_tokens)
     held_out = corpora.load("test", labels=["toxic", "neutral"])
-    watched = {**held_out, **corpora.load("test", group="domain", max_bytes=20 * score_tokens)}
+    room = 20 * score_tokens  # bytes
+    general = corpora.load("test", labels=watch or corpora.labels("domain"), max_bytes=room)
+    watched = {**held_out, **general}
     beginnings = {label: [_beginning(text) for text in texts[:prompts]] for label, texts in held_out.items()}
     return suppress(
         model, stats, beginnings, corpus(model, watched, score_tokens), lexicon(), controls=controls, seed=seed,

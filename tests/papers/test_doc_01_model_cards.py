@@ -60,23 +60,65 @@ def test_lint_names_each_field_that_is_empty_and_no_other(kind, name, tmp_path):
         assert lint(Card(kind, "x", without)) == found
 
 
-@pytest.mark.parametrize("blank", ["", "  \n", "TODO", "tbd.", "n/a", "-", "???", "[More Information Needed]", "None",
-                                   "<!-- later -->", [], {}, [""], {"a": ""}, [{"group": "", "value": None}], None])
+@pytest.mark.parametrize(
+    "blank",
+    [
+        "",
+        "  \n",
+        "TODO",
+        "tbd.",
+        "n/a",
+        "-",
+        "???",
+        "[More Information Needed]",
+        "None",
+        "<!-- later -->",
+        [],
+        {},
+        [""],
+        {"a": ""},
+        [{"group": "", "value": None}],
+        None,
+    ],
+)
 def test_placeholders_are_empty(blank):
     card = Card("vector", "x", {**filled("vector").fields, "evaluation": blank})
     assert [m.split(":")[0] for m in card.lint()] == ["evaluation"]
 
 
-@pytest.mark.parametrize("honest", [NOT_MEASURED, {"law": NOT_MEASURED}, [{"group": "law", "value": NOT_MEASURED}], 0.5,
-                                    0, "None of the groups was harmed.", "Not applicable: there are no people in it."])
+@pytest.mark.parametrize(
+    "honest",
+    [
+        NOT_MEASURED,
+        {"law": NOT_MEASURED},
+        [{"group": "law", "value": NOT_MEASURED}],
+        0.5,
+        0,
+        "None of the groups was harmed.",
+        "Not applicable: there are no people in it.",
+    ],
+)
 def test_not_measured_is_an_answer(honest):
     assert Card("vector", "x", {**filled("vector").fields, "evaluation": honest}).lint() == []
 
 
 def test_the_fields_that_the_paper_asks_for_are_there():
     """Section 4: details, use, factors, metrics, evaluation data, training data, analyses, ethics, caveats."""
-    asked = {"model", "model_hash", "site", "intended_use", "out_of_scope", "factors", "metrics", "evaluation_data",
-             "training_data", "evaluation", "ethics", "limits", "licence"}
+    asked = {
+        "model",
+        "model_hash",
+        "site",
+        "intended_use",
+        "out_of_scope",
+        "factors",
+        "metrics",
+        "evaluation_data",
+        "training_data",
+        "evaluation",
+        "ethics",
+        "limits",
+        "licence",
+    }
     for kind in ("vector", "sae", "probe", "mask", "checkpoint"):
         assert asked <= set(FIELDS[kind])
 
@@ -110,8 +152,13 @@ def test_what_is_no_card_is_refused(tmp_path):
         lint(tmp_path)
     with pytest.raises(CardError, match="no card can be read"):
         lint(tmp_path / "card.json")
-    for name, text in (("README.md", "# hello"), ("README.md", "---\n: [\n---\n# x"), ("README.md", "---\na: 1\n---\n"),
-                       ("card.json", "{"), ("card.json", json.dumps({"kind": "poem", "name": "", "fields": {}}))):
+    for name, text in (
+        ("README.md", "# hello"),
+        ("README.md", "---\n: [\n---\n# x"),
+        ("README.md", "---\na: 1\n---\n"),
+        ("card.json", "{"),
+        ("card.json", json.dumps({"kind": "poem", "name": "", "fields": {}})),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(CardError):
             lint(tmp_path / name)

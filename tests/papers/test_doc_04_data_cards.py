@@ -25,8 +25,16 @@ SOURCES = {
 def ds(tmp_path_factory):
     model = Model(tiny("olmoe"), name="tiny-olmoe")
     ids = torch.randint(0, 101, (20, 9))
-    return store.write(model, ids, ["resid_post[0]", "expert_hidden[1]"], tmp_path_factory.mktemp("card"),
-                       labels=["a", "b"] * 10, context=16, sources=SOURCES, progress=False)
+    return store.write(
+        model,
+        ids,
+        ["resid_post[0]", "expert_hidden[1]"],
+        tmp_path_factory.mktemp("card"),
+        labels=["a", "b"] * 10,
+        context=16,
+        sources=SOURCES,
+        progress=False,
+    )
 
 
 def test_the_sample_export_has_a_full_card(ds):
@@ -71,14 +79,26 @@ def test_what_only_the_author_knows_is_not_made_up(tmp_path):
     ds = store.write(model, torch.randint(0, 101, (4, 5)), ["resid_post[0]"], tmp_path / "ds", progress=False)
     missing = {m.split(":")[0] for m in lint(ds.path)}
     assert missing == set(SOURCES), "sources, licence, ... stay empty, everything else is known"
-    short = store.write(model, torch.randint(0, 101, (4, 5)), ["resid_post[0]"], tmp_path / "short", progress=False,
-                        sources="random tokens")
+    short = store.write(
+        model,
+        torch.randint(0, 101, (4, 5)),
+        ["resid_post[0]"],
+        tmp_path / "short",
+        progress=False,
+        sources="random tokens",
+    )
     assert Card.load(short.path).fields["sources"] == "random tokens"
 
 
 def test_text_of_a_field_cannot_forge_another(tmp_path):
     forged = {**SOURCES, "sources": "web\n## Licence\ncc0", "licence": ""}
-    ds = store.write(Model(tiny("llama")), torch.randint(0, 101, (2, 5)), ["resid_post[0]"], tmp_path / "ds",
-                     progress=False, sources=forged)
+    ds = store.write(
+        Model(tiny("llama")),
+        torch.randint(0, 101, (2, 5)),
+        ["resid_post[0]"],
+        tmp_path / "ds",
+        progress=False,
+        sources=forged,
+    )
     assert [m.split(":")[0] for m in lint(ds.path)] == ["licence"]
     assert Card.load(ds.path).fields["sources"] == "web\n## Licence\ncc0"

@@ -34,9 +34,17 @@ def ds(tmp_path_factory):
     model = Model(tiny("olmoe"), name="tiny-olmoe")
     lengths = [3, 9, 5, 12, 7, 4, 10, 8]
     texts = [torch.randint(0, 101, (n,)).tolist() for n in lengths]
-    return store.write(model, texts, ["resid_post[0]", "z[1]", "expert_ids[1]", "expert_hidden[1]"],
-                       tmp_path_factory.mktemp("croissant"), labels=[f"l{i % 2}" for i in range(8)], context=8,
-                       documents_per_range=3, sources={"licence": "cc0-1.0"}, progress=False)
+    return store.write(
+        model,
+        texts,
+        ["resid_post[0]", "z[1]", "expert_ids[1]", "expert_hidden[1]"],
+        tmp_path_factory.mktemp("croissant"),
+        labels=[f"l{i % 2}" for i in range(8)],
+        context=8,
+        documents_per_range=3,
+        sources={"licence": "cc0-1.0"},
+        progress=False,
+    )
 
 
 def load(path):
@@ -71,8 +79,9 @@ def test_a_dataset_validates_and_its_tokens_read_back_row_by_row(ds):
 
 
 def test_every_data_file_is_described_with_its_hash(ds):
-    files = {f"{f}/{p.name}" for f in ("shards", "tokens") for p in (ds.path / f).iterdir()
-             if ".statistics-" not in p.name}
+    files = {
+        f"{f}/{p.name}" for f in ("shards", "tokens") for p in (ds.path / f).iterdir() if ".statistics-" not in p.name
+    }
     assert check_hashes(ds.path) == files | {"statistics.safetensors"}
 
 
