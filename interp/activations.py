@@ -278,13 +278,12 @@ class Activations(Mapping[str, Tensor]):
         return to_cache(self, model)
 
     def _summary(self) -> str:
-        names: dict[str, list[str]] = {}
+        layers: dict[tuple[str, str], list[str]] = {}  # (name, index) -> layers
         for site in self.sites:
-            names.setdefault(site.name, []).append("" if site.layer is None else str(site.layer))
-        return (
-            ", ".join(f"{name}[{_ranges(layers)}]" if layers != [""] else name for name, layers in names.items())
-            or "none"
-        )
+            index = "".join(f", {key}={value}" for key, value in site.index)
+            layers.setdefault((site.name, index), []).append("" if site.layer is None else str(site.layer))
+        parts = (f"{name}[{_ranges(of)}{index}]" if of != [""] else name for (name, index), of in layers.items())
+        return ", ".join(parts) or "none"
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.tokens.ids.shape))

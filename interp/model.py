@@ -12,6 +12,7 @@ Nothing of the underlying model is touched until a context is entered, and on le
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class Model:
         self.clock = Clock()
         self.uses: list[Use] = []
         self._open: ExitStack | None = None
+        self._thread = 0  # that of the open contexts
         self.fragile: set[Site] = set()
         self._fingerprint = Fingerprint(hf)
 
@@ -146,9 +148,7 @@ class Model:
         return str(self._fingerprint)
 
     def __repr__(self) -> str:
-        parts = (
-            f"{type(self.hf).__name__}, {len(self.anatomy.layers)} layers, d_model {self.d_model}, {self.n_heads} heads"
-        )
+        parts = f"{type(self.hf).__name__}, {self.n_layers} layers, d_model {self.d_model}, {self.n_heads} heads"
         top = f" top-{self.top_k}" if self.top_k else ""
         experts = f", {self.n_experts:,} experts{top}" if self.n_experts else ""
         return f"Model({self.name}: {parts}{experts}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
@@ -322,6 +322,9 @@ class Model:
 
     @contextmanager
     def using(self, use: Use) -> Iterator[None]:
+        if self.uses and self._thread != threading.get_ident():
+            raise RuntimeError(f"{self.name} is in use in another thread; its hooks serve one thread at a time")
+        self._thread = threading.get_ident()
         self.uses.append(use)
         try:
             self._reinstall()

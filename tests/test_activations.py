@@ -253,4 +253,6 @@ def test_it_says_what_it_holds(acts: Activations, m: Model) -> None:
     assert repr(acts) == "Activations(llama, 2x7 tokens, 0.0 MiB: embed, z[0..2], resid_post[0..2], pattern[1])"
     some: Any = m.capture(TOKENS, ["q[0]", "q[2]"])
     assert repr(some).endswith("q[0, 2])")
+    heads = {Site("pattern", 1, (("head", h),)): torch.zeros(2, 7, 7) for h in (0, 3)}
+    assert repr(Activations(TOKENS, heads)).endswith("pattern[1, head=0], pattern[1, head=3])")
     assert repr(Activations(TOKENS)) == "Activations(model, 2x7 tokens, 0.0 MiB: none)"

@@ -228,6 +228,20 @@ def test_two_threads_on_two_models_do_not_meet(one: str, other: str) -> None:
         assert_restored(m.hf, was)
 
 
+def test_one_model_in_two_threads_is_refused() -> None:
+    m = Model(tiny("llama"), name="mine")
+    with m.intervene(edits.zero("z[0, head=1]")):
+        inside = m(IDS)
+
+        def other() -> None:
+            with pytest.raises(RuntimeError, match="mine is in use in another thread"):
+                m.capture(IDS, "resid_post[1]")
+
+        together(other)
+        assert torch.equal(m(IDS), inside)  # the open context is untouched
+    together(lambda: m.capture(IDS, "resid_post[1]"))  # afterwards any thread may use it
+
+
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
 def test_two_models_may_share_one_config_object(family: str) -> None:
     first = tiny(family, seed=1)
