@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.evaluate import evaluate
 from interp.experts.losses import Losses, losses
-from interp.experts.select import RULES, select
-from interp.experts.sets import ExpertSet
+from interp.experts.select import select_or_none
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
 
@@ -78,7 +77,7 @@ def remove_each(
     before = before or losses(model, data, batch_tokens=batch_tokens)
     parts = []
     for number, label in enumerate(labels):
-        chosen = _choose(stats, label, rule, settings)
+        chosen = select_or_none(stats, label, rule, settings)
         say(f"removing {label} ({number + 1} of {len(labels)}): {len(chosen):,} units, {controls} controls")
         part = evaluate(
             model, chosen, data, controls=controls, stats=stats, before=before, batch_tokens=batch_tokens, seed=seed,
@@ -92,13 +91,6 @@ def remove_each(
         "controls": controls, "tokens": data.n_tokens, "seed": seed,
     }  # fmt: skip
     return table
-
-
-def _choose(stats: RoutingStats, label: str, rule: str, settings: dict[str, Any]) -> ExpertSet:
-    """`select`, but an empty set where nothing meets the rule: in a sweep that is a result, not a mistake."""
-    if rule in RULES and not bool(RULES[rule](stats, label, **settings).any()):
-        return ExpertSet._of(stats, {}, {"rule": rule, "settings": settings, "label": label})
-    return select(stats, label, rule, **settings)
 
 
 def matrix(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:

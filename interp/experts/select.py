@@ -150,3 +150,10 @@ def select(
         "tokens": int(stats.tokens[stats.index(label)]),
     }  # fmt: skip
     return ExpertSet._of(stats, ids, record)
+
+
+def select_or_none(stats: RoutingStats, label: str, rule: str, settings: dict[str, Any]) -> ExpertSet:
+    """`select`, but an empty set where no unit meets the rule: in a sweep that is a result, not a mistake."""
+    if rule in RULES and not bool(RULES[rule](stats, label, **settings).any()):
+        return ExpertSet._of(stats, {}, {"rule": rule, "settings": settings, "label": label})
+    return select(stats, label, rule, **settings)

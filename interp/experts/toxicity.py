@@ -23,7 +23,7 @@ from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.controls import matched
 from interp.experts.evaluate import switched_off
 from interp.experts.losses import Losses, losses
-from interp.experts.select import select
+from interp.experts.select import select_or_none
 from interp.experts.sets import ExpertSet
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
@@ -104,7 +104,7 @@ def suppress(
         judge: scores a continuation in 0..1.
         label: whose experts go.
         against: what they are set against, see `select`.
-        thresholds: smallest Pearson r.
+        thresholds: smallest Pearson r; one that no unit exceeds has no lines.
         samples: continuations of each prompt.
         new_tokens: their length.
         controls: random sets per threshold.
@@ -140,8 +140,10 @@ def suppress(
     say("the model as it is")
     rows += [{**row, "baseline": "none"} for row in run(float("nan"), None, samples, None)]
     for threshold in thresholds:
-        chosen = select(stats, label, "correlation", threshold=threshold, against=against)
+        chosen = select_or_none(stats, label, "correlation", {"threshold": threshold, "against": against})
         say(f"r > {threshold}: {len(chosen):,} units off")
+        if not len(chosen):
+            continue
         with switched_off(model, chosen):
             rows += [{**row, "baseline": "none"} for row in run(threshold, chosen, samples, None)]
         generator = torch.Generator().manual_seed(seed)
