@@ -12,7 +12,7 @@ from interp.cli.common import emit, records, stderr, stdout
 if TYPE_CHECKING:
     import pandas as pd
 
-Rule = Literal["skew", "correlation", "top", "most"]
+Rule = Literal["skew", "lift", "correlation", "top", "most"]
 Kind = Literal["auto", "monet", "routed", "neurons"]
 
 
@@ -29,7 +29,7 @@ def command(
         list[str] | None, typer.Option("--keep", help="Labels to set it against and to watch; default: all others.")
     ] = None,
     rule: Annotated[Rule, typer.Option(help="How experts are chosen; see `interp.experts.select`.")] = "skew",
-    ratio: Annotated[float, typer.Option(help="skew: times the second-highest label.")] = 2.0,
+    ratio: Annotated[float, typer.Option(help="skew: times the second-highest label; lift: times their mean.")] = 2.0,
     threshold: Annotated[float, typer.Option(help="correlation: smallest Pearson r.")] = 0.1,
     share: Annotated[float, typer.Option(help="top, most: part of each layer's experts.")] = 0.01,
     kind: Annotated[Kind, typer.Option(help="What is switched off; neurons for a dense model.")] = "auto",
@@ -71,6 +71,7 @@ def command(
     stats = experts.routing(opened, choosing, kind=kind, max_tokens=select_tokens)
     settings: dict[str, Any] = {
         "skew": {"ratio": ratio},
+        "lift": {"ratio": ratio},
         "correlation": {"threshold": threshold},
         "top": {"share": share},
         "most": {"share": share},

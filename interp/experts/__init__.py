@@ -21,7 +21,7 @@ from interp.experts.controls import matched
 from interp.experts.evaluate import evaluate, switched_off
 from interp.experts.losses import Losses, losses
 from interp.experts.resection import at_damage, frontier, matrix, remove_each, summary
-from interp.experts.select import RULES, correlation, select, skew
+from interp.experts.select import RULES, correlation, lift, select, skew
 from interp.experts.sets import ExpertSet
 from interp.experts.stats import RoutingStats, routing
 from interp.experts.units import ExpertError, units_of
@@ -40,6 +40,7 @@ __all__ = [
     "correlation",
     "evaluate",
     "frontier",
+    "lift",
     "losses",
     "matched",
     "matrix",

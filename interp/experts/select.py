@@ -1,6 +1,8 @@
 """Which experts carry a label: rules, each named after its source.
 
     skew          mass on the label at least `ratio` times that on every other label        Monet, section 5.1 (ratio 2)
+    lift          mass on the label at least `ratio` times the mean over other labels        ours: what damage over mean
+                                                                                              spill asks for
     correlation   Pearson r between a document's mean routing weight and its label,         Monet, section 5.3
                   above `threshold`                                                         (.2, .1, .05)
     top           the `count` (or `share` of all) units of largest skew in each router      for models whose experts
@@ -32,6 +34,20 @@ def skew(stats: RoutingStats, label: str) -> Tensor:
     if len(stats.labels) < 2:
         raise ExpertError(f"labels: only {label!r} is there; a contrast needs at least one other label")
     others = torch.cat([p[:at], p[at + 1 :]]).amax(0)
+    return torch.where(p[at] > 0, p[at] / others, torch.zeros_like(others))
+
+
+def lift(stats: RoutingStats, label: str) -> Tensor:
+    """Mass per token on `label` over the mean of all other labels [router, unit]; 0 / 0 counts as 0.
+
+    Skew protects the second-highest label, lift the average one. If what a unit does for a label is in proportion to
+    its mass there, then among all sets of a given damage the one of largest lift has the smallest mean spill (the
+    lemma of Neyman and Pearson).
+    """
+    at, p = stats.index(label), stats.probability
+    if len(stats.labels) < 2:
+        raise ExpertError(f"labels: only {label!r} is there; a contrast needs at least one other label")
+    others = torch.cat([p[:at], p[at + 1 :]]).mean(0)
     return torch.where(p[at] > 0, p[at] / others, torch.zeros_like(others))
 
 
@@ -69,6 +85,12 @@ def _by_skew(stats: RoutingStats, label: str, ratio: float = 2.0) -> Tensor:
     return skew(stats, label) >= ratio
 
 
+def _by_lift(stats: RoutingStats, label: str, ratio: float = 4.0) -> Tensor:
+    if ratio <= 1:
+        raise ExpertError(f"ratio={ratio}: expected more than 1, the mean of the other labels")
+    return lift(stats, label) >= ratio
+
+
 def _by_correlation(
     stats: RoutingStats, label: str, threshold: float = 0.1, against: str | None = None
 ) -> Tensor:  # fmt: skip
@@ -100,12 +122,14 @@ def _largest(score: Tensor, count: int) -> Tensor:
 
 RULES: dict[str, Callable[..., Tensor]] = {
     "skew": _by_skew,
+    "lift": _by_lift,
     "correlation": _by_correlation,
     "top": _by_top,
     "most": _by_most,
 }
 _LOOSEN = {
     "skew": "a smaller ratio, or compare with fewer labels",
+    "lift": "a smaller ratio",
     "correlation": "a smaller threshold, or more documents",
     "top": "a larger count",
     "most": "a larger count",
@@ -120,7 +144,7 @@ def select(
     Args:
         stats: from `routing`; the labels in it are the ones that `label` is set against (`stats.only` narrows them).
         label: whose units are wanted.
-        rule: skew (ratio), correlation (threshold, against), top (count or share), most (count or share).
+        rule: skew (ratio), lift (ratio), correlation (threshold, against), top (count or share), most (count or share).
         force: allow a set of every unit of a layer.
         **settings: of the rule, as named above.
 

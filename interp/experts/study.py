@@ -30,8 +30,12 @@ PAPER = ("skew", {"ratio": 2.0})
 
 #: The settings that are tried, per kind of unit. Neurons and few coarse experts rarely reach a ratio of 2.
 GRIDS: dict[str, list[tuple[str, dict[str, Sequence[float]]]]] = {
-    "monet": [("skew", {"ratio": (1.25, 1.5, 2.0, 3.0, 4.0, 8.0)})],
-    "routed": [("skew", {"ratio": (1.25, 1.5, 2.0, 3.0)}), ("top", {"share": (0.03, 0.0625, 0.125, 0.25)})],
+    "monet": [("skew", {"ratio": (1.25, 1.5, 2.0, 4.0)}), ("lift", {"ratio": (1.5, 2.0, 3.0, 5.0, 10.0)})],
+    "routed": [
+        ("skew", {"ratio": (1.25, 1.5, 2.0, 3.0)}),
+        ("lift", {"ratio": (1.5, 2.0, 3.0, 5.0)}),
+        ("top", {"share": (0.03, 0.0625, 0.125, 0.25)}),
+    ],
     "neurons": [("skew", {"ratio": (1.1, 1.25, 1.5, 2.0)}), ("top", {"share": (0.01, 0.03, 0.06, 0.12, 0.25)})],
 }
 

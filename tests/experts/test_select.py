@@ -24,6 +24,17 @@ def test_skew_is_monets_rule(model: Any, kind: str, texts: dict[str, list[str]])
             assert ((layer, unit) in chosen) == (mine > 0 and mine >= 1.05 * others)
 
 
+def test_lift_is_mass_over_the_mean_of_the_others(model: Any, kind: str, texts: dict[str, list[str]]) -> None:
+    stats = experts.routing(model, texts, kind=kind)
+    p = stats.probability
+    chosen = experts.select(stats, "code", rule="lift", ratio=1.1)
+    for layer, router in stats.layers.items():
+        for unit in range(stats.size):
+            mine, others = float(p[1, router, unit]), float(p[0, router, unit] + p[2, router, unit]) / 2
+            assert ((layer, unit) in chosen) == (mine > 0 and mine >= 1.1 * others)
+    assert len(experts.select(stats, "code", rule="skew", ratio=1.1) - chosen) == 0  # the mean is not above the maximum
+
+
 def test_sets_of_different_labels_are_disjoint(model: Any, kind: str, texts: dict[str, list[str]]) -> None:
     stats = experts.routing(model, texts, kind=kind)
     sets = [experts.select(stats, label, ratio=1.05) for label in texts]
@@ -65,7 +76,7 @@ def test_no_unit_all_units_and_wrong_words_are_told(model: Any, kind: str, texts
     assert experts.select(stats, "law", "correlation", threshold=-2.0, force=True).share == 1.0
     with pytest.raises(ExpertError, match="label 'physics': the statistics have law, code, bio"):
         experts.select(stats, "physics")
-    with pytest.raises(ExpertError, match=r"expected one of skew, correlation"):
+    with pytest.raises(ExpertError, match=r"expected one of skew, lift, correlation"):
         experts.select(stats, "law", "magic")
     with pytest.raises(ExpertError, match=r"ratio=1\.0: expected more than 1"):
         experts.select(stats, "law", ratio=1.0)

@@ -53,7 +53,7 @@ def train(
     decay: Annotated[float, typer.Option(min=0, max=1, help="Share of the run in which the rate falls.")] = 0.25,
     power: Annotated[float, typer.Option(help="0 reads all labels alike, 1 in proportion to their size.")] = 0.0,
     uniform_start: Annotated[float, typer.Option(help="Monet: uniformity coefficient of the first step.")] = 0.5,
-    uniform_steps: Annotated[int, typer.Option(min=1, help="Monet: steps until it is the configuration's.")] = 400,
+    uniform_steps: Annotated[int, typer.Option(min=1, help="Monet: steps until it is the configuration's.")] = 600,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 0,
     threads: _Threads = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

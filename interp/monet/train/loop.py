@@ -65,7 +65,7 @@ class Settings:
     decay: float = 0.25
     power: float = 0.0
     uniform_start: float = 0.5
-    uniform_steps: int = 400
+    uniform_steps: int = 600
     bf16: bool = False
 
     @property

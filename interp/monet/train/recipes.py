@@ -1,11 +1,11 @@
 """The three minis: same width, depth, tokenizer, data and active compute; another block after attention.
 
-    monet-mini   6 x 4,096 experts of 12 neurons (horizontal, n = 64, H = 4), one router for every 2 layers
-    olmoe-mini   6 x 32 SwiGLU experts of width 128, 4 of them for each token
-    llama-mini   6 SwiGLU layers of width 512
+    monet-mini   6 x 4,096 experts of 8 neurons (horizontal, n = 64, H = 4), one router for every 2 layers
+    olmoe-mini   6 x 32 SwiGLU experts of width 84, 4 of them for each token
+    llama-mini   6 SwiGLU layers of width 336
 
-Matrix entries that one token meets in one such block, d = 192: Monet 2 d n m = 295k (and 98k per router, of which there
-are three), OLMoE 4 x 3 d 128 = 295k, Llama 3 d 512 = 295k. Monet computes all of its parts for every token, so its
+Matrix entries that one token meets in one such block, d = 128: Monet 2 d n m = 131k (and 66k per router, of which there
+are three), OLMoE 4 x 3 d 84 = 129k, Llama 3 d 336 = 129k. Monet computes all of its parts for every token, so its
 parameters are about the dense model's; OLMoE's are four times as many, of which a token meets a part.
 """
 
@@ -61,10 +61,10 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 _BODY: dict[str, Any] = {
-    "hidden_size": 192,
+    "hidden_size": 128,
     "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "max_position_embeddings": CONTEXT,
     "tie_word_embeddings": True,
     "rms_norm_eps": 1e-5,
@@ -91,9 +91,9 @@ def _llama(fields: dict[str, Any]) -> Any:
     return LlamaForCausalLM(LlamaConfig(**fields))
 
 
-_MONET = {"moe_decompose": "horizontal", "moe_experts": 64, "moe_dim": 12, "moe_heads": 4, "moe_topk": 4,
-          "moe_groups": 2, "moe_uniformity_coef": 0.1, "moe_ambiguity_coef": 0.01}  # fmt: skip
-_OLMOE = {"num_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 128, "norm_topk_prob": False,
+_MONET = {"moe_decompose": "horizontal", "moe_experts": 64, "moe_dim": 8, "moe_heads": 4, "moe_topk": 4,
+          "moe_groups": 2, "moe_uniformity_coef": 0.01, "moe_ambiguity_coef": 0.003}  # fmt: skip
+_OLMOE = {"num_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 84, "norm_topk_prob": False,
           "output_router_logits": True, "router_aux_loss_coef": 0.01}  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {
@@ -101,6 +101,6 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("monet-mini", "Monet, horizontal, 4,096 experts per layer", _BODY | _MONET, _monet),
         Recipe("olmoe-mini", "OLMoE, 32 experts per layer, 4 for each token", _BODY | _OLMOE, _olmoe),
-        Recipe("llama-mini", "Llama, dense", _BODY | {"intermediate_size": 512}, _llama),
+        Recipe("llama-mini", "Llama, dense", _BODY | {"intermediate_size": 336}, _llama),
     )
 }
