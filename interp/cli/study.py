@@ -12,14 +12,14 @@ from interp.cli.common import emit, records, stderr, stdout
 if TYPE_CHECKING:
     import pandas as pd
 
-Group = Literal["domain", "programming", "language", "toxicity"]
+Group = Literal["domain", "programming", "language", "toxicity", "descriptions"]
 Kind = Literal["auto", "monet", "routed", "neurons"]
 
 
 def command(
     model: Annotated[str, typer.Argument(help="A zoo name, a hub id or a directory.")],
     group: Annotated[
-        Group, typer.Option(help="Which labels are removed in turn; toxicity samples text too.")
+        Group, typer.Option(help="Labels to remove in turn; or how well top tokens describe experts.")
     ] = "domain",
     kind: Annotated[Kind, typer.Option(help="What is switched off; neurons for a dense model.")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where tables and figures go.")] = None,
@@ -50,15 +50,20 @@ def command(
         console.print(f"· {message}", markup=False, highlight=False)
 
     opened = interp.load(model, device=device)
-    if group == "toxicity":
-        table = studies.register(opened, kind=kind, controls=controls, seed=seed, say=say)
+    if group in ("toxicity", "descriptions"):
+        if group == "toxicity":
+            table = studies.register(opened, kind=kind, controls=controls, seed=seed, say=say)
+        else:
+            table = studies.descriptions(opened, seed=seed)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            table.to_parquet(out / "toxicity.parquet")
+            table.to_parquet(out / f"{group}.parquet")
         if as_json:
             emit({"model": opened.name, "group": group, "table": records(table)})
-        else:
+        elif group == "toxicity":
             _show_register(table)
+        else:
+            _show_descriptions(table)
         return
     found = studies.study(
         opened, group, kind=kind, controls=controls, damage=damage, score_tokens=score_tokens, seed=seed, say=say
@@ -119,6 +124,27 @@ def show(summary: pd.DataFrame, title: str) -> None:
             f"{row['beyond_random']:.0f}", style="bold" if row["removed"] == "mean" else "",
         )  # fmt: skip
     stdout().print(shown)
+
+
+def _show_descriptions(table: pd.DataFrame, lines: int = 15) -> None:
+    """The mean score, and some experts with theirs."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(title="how well its top tokens tell where an expert is active, held-out text", title_justify="left")
+    for column in ("layer", "expert", "F1", "random expert", "description"):
+        shown.add_column(column, justify="left" if column == "description" else "right")
+    for _, row in table.sort_values("f1", ascending=False).head(lines).iterrows():
+        shown.add_row(
+            str(row["layer"]),
+            str(row["expert"]),
+            f"{row['f1']:.2f}",
+            f"{row['random_f1']:.2f}",
+            escape(row["description"]),
+        )
+    stdout().print(shown)
+    mean = f"mean over {len(table)} experts: F1 {table['f1'].mean():.2f}, random {table['random_f1'].mean():.2f}"
+    stdout().print(mean, highlight=False)
 
 
 def _show_register(table: pd.DataFrame) -> None:

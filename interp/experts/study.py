@@ -198,3 +198,45 @@ def _beginning(text: str, words: int = 40) -> str:
             return "\n".join([*kept, line.partition(":")[0] + ": You"])
         kept.append(line)
     return "\n".join(kept)
+
+
+def descriptions(
+    model: Any,
+    group: str = "domain",
+    *,
+    experts_per_router: int = 50,
+    max_tokens: int = 5_000,
+    top: int = 10,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How well top tokens describe experts: `describe.detection` for a random sample of those that are used.
+
+    Args:
+        model: the model, with experts that are on or off.
+        group: of `interp.corpora`; descriptions come from its train split, scores from its test split.
+        experts_per_router: how many are drawn, among those used on at least 1 in 1,000 train tokens.
+        max_tokens: per label and split.
+        top: tokens in a description.
+        seed: of the draws.
+    """
+    import torch
+
+    from interp import corpora
+    from interp.experts.describe import detection
+    from interp.experts.sets import ExpertSet
+
+    train, test = (
+        corpus(model, corpora.load(split, group=group, max_bytes=20 * max_tokens), max_tokens)
+        for split in ("train", "test")
+    )
+    stats = routing(model, train)
+    used = stats.used.sum(0) / stats.tokens.sum() >= 1e-3  # [router, unit]
+    generator = torch.Generator().manual_seed(seed)
+    ids: dict[int, torch.Tensor] = {}
+    for layer, router in reversed(stats.layers.items()):  # the first layer of each router stands for it
+        ids = {la: found for la, found in ids.items() if stats.layers[la] != router}
+        candidates = used[router].nonzero()[:, 0]
+        ids[layer] = candidates[torch.randperm(len(candidates), generator=generator)[:experts_per_router]]
+    table = detection(model, train, test, ExpertSet(model, ids), top=top, seed=seed)
+    table.attrs["used"] = {router: int(used[router].sum()) for router in set(stats.layers.values())}
+    return table

@@ -82,3 +82,17 @@ def test_suppress_measures_what_the_judge_says(monet: Any, texts: dict[str, list
 def test_word_lists_score_the_rudest_word() -> None:
     judge = WordList({"moron": 1.0, "damn": 0.5})
     assert judge(["You MORON, damn!", "damn.", "Hello", ""]) == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_descriptions_are_of_used_experts_one_layer_per_router(
+    monet: Any, texts: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from interp import corpora
+
+    monkeypatch.setattr(corpora, "load", lambda split, **how: texts)
+    table = studies.descriptions(monet, experts_per_router=8)
+    assert set(table["layer"]) <= {0, 2}
+    assert ((table["f1"] >= 0) & (table["f1"] <= 1)).all()
+    stats = experts.routing(monet, texts)
+    for _, row in table.iterrows():
+        assert stats.used[:, stats.layers[row["layer"]], row["expert"]].sum() > 0
