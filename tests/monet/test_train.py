@@ -174,6 +174,17 @@ def test_what_is_shipped_loads_and_is_what_the_card_measured(recipe: str, corpus
             assert torch.equal(tensor, trained[name].to(torch.bfloat16).to(tensor)), name
 
 
+def test_a_run_may_begin_with_shipped_weights(corpus: Corpus, tmp_path: Path) -> None:
+    first = Run(settings(), corpus, tmp_path / "first", device="cpu")
+    first.fit()
+    shipped = report.export(tmp_path / "first", corpus, tmp_path / "shipped")
+    second = Run(settings(start=str(tmp_path / "shipped"), seed=1), corpus, tmp_path / "second", device="cpu")
+    for name, tensor in second.model.state_dict().items():
+        assert torch.equal(tensor, shipped.hf.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"--start .*: not a checkpoint of this recipe"):
+        Run(settings("llama-mini", start=str(tmp_path / "shipped")), corpus, tmp_path / "third", device="cpu")
+
+
 def test_overrides_are_checked(corpus: Corpus) -> None:
     assert parse_overrides(["a=3", "b=x", "c=1e-3"]) == {"a": 3, "b": "x", "c": 1e-3}
     with pytest.raises(ValueError, match="expected key=value"):

@@ -55,6 +55,7 @@ def train(
     uniform_start: Annotated[float, typer.Option(help="Monet: uniformity coefficient of the first step.")] = 0.5,
     uniform_steps: Annotated[int, typer.Option(min=1, help="Monet: steps until it is the configuration's.")] = 600,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 0,
+    start: Annotated[str | None, typer.Option(help="A shipped checkpoint to begin with; take another --seed.")] = None,
     threads: _Threads = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     bf16: Annotated[bool, typer.Option(help="Products in bfloat16, where the machine has them.")] = False,
@@ -79,7 +80,7 @@ def train(
         recipe=str(ctx.info_name), tokens=_count(tokens), overrides=parse_overrides(overrides or []), seed=seed,
         batch=batch, context=context, optimizer=optimizer, lr=lr,
         router_lr=router_lr, warmup=warmup, decay=decay, power=power,
-        uniform_start=uniform_start, uniform_steps=uniform_steps, bf16=bf16,
+        uniform_start=uniform_start, uniform_steps=uniform_steps, bf16=bf16, start=start,
     )  # fmt: skip
     run = loop.Run(settings, prepare(data, vocabulary), out, device=device, compiled=compiled)
     if bf16 and not loop.native_bf16(run.device):

@@ -47,6 +47,8 @@ class Settings:
             to use few keys.
         power: how much more a larger label is read: 0 = all alike, 1 = as the corpus is.
         bf16: matrix products in bfloat16 (autocast); weights and optimisers stay in float32.
+        start: a shipped checkpoint of this recipe whose weights the run begins with, in place of random ones; the
+            optimisers begin anew. Take another seed, or the same text is read again in the same order.
     """
 
     recipe: str
@@ -67,6 +69,7 @@ class Settings:
     uniform_start: float = 0.5
     uniform_steps: int = 600
     bf16: bool = False
+    start: str | None = None
 
     @property
     def steps(self) -> int:
@@ -97,6 +100,8 @@ class Run:
         torch.manual_seed(settings.seed)
         recipe = RECIPES[settings.recipe]
         self.model = recipe.model(corpus.vocabulary, corpus.special, **settings.overrides).to(self.device)
+        if settings.start is not None:
+            _take_weights(self.model, Path(settings.start), corpus)
         self._uniformity: float | None = getattr(self.model.config, "moe_uniformity_coef", None)
         self.forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
         self.sampler = Sampler(corpus, settings.context, settings.batch, seed=settings.seed, power=settings.power)
@@ -243,6 +248,20 @@ class Run:
                 file = stable  # more tokens were asked for, and this run had begun to end
             state = checkpoint.load(file, self.model, self.optimizers)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+
+def _take_weights(model: Any, path: Path, corpus: Corpus) -> None:
+    """Fills a fresh model with the weights of a checkpoint. Raises ValueError where model or tokenizer are others."""
+    from interp.zoo.load import load
+
+    other = load(path)
+    if other.tokenizer is None or other.tokenizer.get_vocab() != corpus.tokenizer().get_vocab():
+        raise ValueError(f"--start {path}: its tokenizer is not that of this corpus; train from the beginning")
+    try:
+        model.load_state_dict(other.hf.state_dict())
+    except RuntimeError as error:
+        why = str(error).splitlines()[-1].strip()
+        raise ValueError(f"--start {path}: not a checkpoint of this recipe ({why})") from error
 
 
 @torch.no_grad()
