@@ -40,7 +40,7 @@ def domain_matrix(table: pd.DataFrame, title: str, metric: str = "loss") -> go.F
             z=grid.to_numpy(), x=[names[c] for c in columns], y=[names[r] for r in rows],
             # white is no change; orange is harm, blue is gain, as far from white as the largest change
             colorscale=[[0, OKABE_ITO[0]], [0.5, "#FFFFFF"], [1, OKABE_ITO[1]]], zmin=-reach, zmax=reach,
-            text=[["0" if abs(v) < 0.005 else f"{v:+.2f}" for v in line] for line in grid.to_numpy()], texttemplate="%{text}",
+            text=grid.map(lambda v: "0" if abs(v) < 0.005 else f"{v:+.2f}").to_numpy(), texttemplate="%{text}",
             textfont={"size": 10}, customdata=[
                 [f"{a:+.3f} to {b:+.3f}" for a, b in zip(x, y, strict=True)]
                 for x, y in zip(low.to_numpy(), high.to_numpy(), strict=True)
