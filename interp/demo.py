@@ -109,8 +109,8 @@ def resection(say: Say = lambda message: None) -> pd.DataFrame | None:
         say(f"skipping resection: {error}")
         return None
     say(f"measuring which of monet-mini's experts work on {', '.join(texts['train'])}")
-    stats = experts.routing(model, texts["train"], max_tokens=8_000)
-    return experts.remove_each(model, stats, texts["test"], max_tokens=2_000, controls=20, say=say, **RESECTION)
+    stats = experts.routing(model, texts["train"], max_tokens=5_000)
+    return experts.remove_each(model, stats, texts["test"], max_tokens=1_000, controls=20, say=say, **RESECTION)
 
 
 def mixture(dense: Model) -> Model:

@@ -11,7 +11,8 @@ from interp.corpora import catalogue
 from interp.corpora.archive import members
 from interp.corpora.building import build, find, read_card
 from interp.corpora.documents import decode
-from interp.corpora.errors import CorpusError
+from interp.corpora.errors import CorpusError, UnavailableError
+from interp.corpora.fallback import fallback_labels
 from interp.corpora.fetch import obtain
 from interp.corpora.sources import SOURCES
 from interp.corpora.split import SPLITS, size
@@ -54,8 +55,8 @@ def _default(labels: Sequence[str] | None, group: str | None) -> Path:
     """The whole corpus if it is in the cache, else one of just the labels that are asked for, built if need be."""
     if (full := find("full")) is not None:
         return full
-    asked = labels if labels is not None else catalogue.labels(group) if group is not None else None
-    if asked is not None and set(asked) <= set(catalogue.ALL):
+    asked = labels if labels is not None else catalogue.labels(group) if group is not None else catalogue.ALL
+    if known := set(asked) <= set(catalogue.ALL):
         asked = [label for label in catalogue.ALL if label in asked]  # in the catalogue's order
         if (part := find("full", asked)) is not None:
             return part
@@ -66,9 +67,20 @@ def _default(labels: Sequence[str] | None, group: str | None) -> Path:
             stacklevel=3,
         )
         return small
-    what = f"the labels {', '.join(asked)}" if asked else "all labels (210 MB of packages)"
-    notice(f"building the labelled corpus, once: {what}; a minute or more")
-    return build(labels=asked, tier="auto")
+    if not known or len(asked) == len(catalogue.ALL):
+        notice("building the labelled corpus, once: 210 MB of packages are fetched, then a few minutes")
+        return build(tier="auto")
+    notice(f"building the labelled corpus, once, for {', '.join(asked)}: a minute or more")
+    try:
+        return build(labels=asked, tier="full")
+    except UnavailableError as error:
+        if not set(asked) <= set(fallback_labels()):
+            raise
+        warnings.warn(
+            f"interp.corpora: the full tier cannot be had, the small fallback tier is used instead. {error}",
+            stacklevel=3,
+        )
+        return build(tier="fallback")
 
 
 def _wanted(
