@@ -117,7 +117,9 @@ def show(summary: pd.DataFrame, title: str) -> None:
     ):
         shown.add_column(column, justify="left" if column == "removed" else "right")
     for _, row in summary.iterrows():
-        interval = f"{row['damage_low']:+.3f} to {row['damage_high']:+.3f}"
+        interval = (
+            f"{row['damage_low']:+.3f} to {row['damage_high']:+.3f}" if row["damage_low"] == row["damage_low"] else ""
+        )
         shown.add_row(
             escape(str(row["removed"])), f"{row['units']:,.0f}", f"{row['damage']:+.3f}", interval,
             f"{row['spill']:.4f}", f"{row['selectivity']:.1f}", f"{row['random']:+.4f}",

@@ -19,6 +19,9 @@ from interp.experts.units import ExpertError
 
 Labelled = Mapping[str, Sequence[str]]
 
+#: Documents that a bounded number of tokens is spread over, where there are so many.
+SPREAD = 20
+
 
 @dataclass(frozen=True)
 class Window:
@@ -78,7 +81,8 @@ def corpus(model: Any, texts: Labelled | Corpus, max_tokens: int | None = None, 
     Args:
         model: whose tokenizer and context are used.
         texts: label -> documents; a Corpus is returned as it is.
-        max_tokens: per label; documents are taken in order until it is reached (the last one is cut).
+        max_tokens: per label; documents are taken in order until it is reached. None gives more than its share of twenty,
+            or of all there are, so that an interval over documents has some to go by.
         context: longest window; default the model's context, at most 1,024.
 
     Raises ExpertError for no label, a label without text, or a model without tokenizer.
@@ -96,10 +100,11 @@ def corpus(model: Any, texts: Labelled | Corpus, max_tokens: int | None = None, 
         if isinstance(documents, str):
             raise ExpertError(f"texts[{label!r}]: a single text; expected a list of texts")
         room = max_tokens
+        share = None if room is None else max(2, -(-room // min(SPREAD, max(1, len(documents)))))
         for text in documents:
             if not text.strip() or room == 0:
                 continue
-            ids = model.tokenizer(text, verbose=False)["input_ids"][:room]
+            ids = model.tokenizer(text, verbose=False)["input_ids"][:share][:room]
             room = None if room is None else room - len(ids)
             pieces = [ids[i : i + context] for i in range(0, len(ids), context)]
             pieces = [p for p in pieces if len(p) > 1]  # a lone token predicts nothing

@@ -7,6 +7,7 @@ from resampling documents (percentile bootstrap): tokens of a document are not i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def metric(sums: Tensor, name: str) -> Tensor:
 def change(
     before: Losses, after: Losses, label: str, *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """metric -> before, after, value (after - before), low, high: a 95 % interval over documents."""
+    """metric -> before, after, value (after - before), low, high: a 95 % interval over documents, NaN for one alone."""
     a, b = before.of(label), after.of(label)  # [document, 3], the same documents
     n = len(a)
     draws = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
@@ -82,6 +83,6 @@ def change(
     for name in METRICS:
         was, now = metric(a.sum(0), name), metric(b.sum(0), name)
         spread = metric(counts @ b, name) - metric(counts @ a, name)
-        low, high = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        low, high = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist() if n > 1 else (nan, nan)
         out[name] = {"before": float(was), "after": float(now), "value": float(now - was), "low": low, "high": high}
     return out

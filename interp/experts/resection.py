@@ -121,7 +121,7 @@ def summary(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
         row["random_high"] = random["high"].iloc[0] if len(random) else float("nan")
         rows.append(row)
     frame = pd.DataFrame(rows)
-    mean = frame.drop(columns="removed").mean()
+    mean = frame.drop(columns=["removed", "damage_low", "damage_high", "random_high"]).mean()  # no interval of a mean
     frame = pd.concat([frame, pd.DataFrame([{"removed": "mean", **mean}])], ignore_index=True)
     frame.insert(6, "selectivity", frame["damage"] / frame["spill"])
     frame["beyond_random"] = frame["damage"] / frame["random"]

@@ -162,6 +162,21 @@ def test_intervals_shrink_with_documents_and_cover(monet: Any) -> None:
         assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * 0.5 / n**0.5, rel=0.25)
 
 
+def test_a_bounded_number_of_tokens_is_spread_over_documents(monet: Any) -> None:
+    long = ["the court shall decide " * 20] * 30  # 460 tokens each
+    data = experts.corpus(monet, {"a": long, "b": long[:2]}, max_tokens=400)
+    lengths = [sum(len(w.ids) for w in data.windows if w.document == d) for d in range(len(data.documents))]
+    assert lengths == [20] * 20 + [200] * 2
+
+
+def test_one_document_has_no_interval(monet: Any) -> None:
+    table = experts.evaluate(
+        monet, ExpertSet(monet, {0: [1]}), {"a": ["the court shall "], "b": ["a party", "a court"]}, controls=0
+    )
+    loss = table[table["metric"] == "loss"].set_index("label")
+    assert loss.loc["a", ["low", "high"]].isna().all()
+
+
 def test_resection_tables(monet: Any, texts: dict[str, list[str]]) -> None:
     stats = experts.routing(monet, texts)
     table = experts.remove_each(monet, stats, texts, rule="top", count=3, controls=3)
