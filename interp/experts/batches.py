@@ -81,8 +81,8 @@ def corpus(model: Any, texts: Labelled | Corpus, max_tokens: int | None = None, 
     Args:
         model: whose tokenizer and context are used.
         texts: label -> documents; a Corpus is returned as it is.
-        max_tokens: per label; documents are taken in order until it is reached. None gives more than its share of twenty,
-            or of all there are, so that an interval over documents has some to go by.
+        max_tokens: per label; documents are taken in order until it is reached. None gives more than its share of
+            twenty, or of all there are, so that an interval over documents has some to go by.
         context: longest window; default the model's context, at most 1,024.
 
     Raises ExpertError for no label, a label without text, or a model without tokenizer.
