@@ -28,7 +28,8 @@ from interp.experts import study as studies
 from interp.experts.describe import top_examples
 from interp.experts.losses import METRICS
 
-DOMAINS = ["biology", "maths", "fiction", "politics", "manuals"]  # the domains whose packages are small
+DOMAINS = ["biology", "maths", "fiction", "manuals"]  # domains whose packages are small
+RATIO = 1.25  # of Monet's rule; above 1 the sets are disjoint
 LANGUAGES = ["manuals", "manuals-de", "manuals-fr", "manuals-es"]
 
 
@@ -49,13 +50,13 @@ def texts(split: str, labels: list[str]) -> dict[str, list[str]]:
 
 
 def removed_in_turn(model: interp.Model, labels: list[str]) -> tuple[experts.RoutingStats, pd.DataFrame]:
-    stats = experts.routing(model, texts("train", labels), max_tokens=12_000)
+    stats = experts.routing(model, texts("train", labels), max_tokens=6_000)
     held_out = texts("test", labels)
-    return stats, experts.remove_each(model, stats, held_out, ratio=2.0, controls=20, max_tokens=2_000)
+    return stats, experts.remove_each(model, stats, held_out, ratio=RATIO, controls=20, max_tokens=800)
 
 
 def check(stats: experts.RoutingStats, table: pd.DataFrame, labels: list[str]) -> None:
-    sets = [experts.select(stats, label, ratio=2.0) for label in labels]
+    sets = [experts.select(stats, label, ratio=RATIO) for label in labels]
     assert all(len(a & b) == 0 for i, a in enumerate(sets) for b in sets[:i])
     print(experts.matrix(table).round(3).to_string())
     print(experts.summary(table).round(3).to_string())
@@ -90,8 +91,8 @@ def test_e_rudeness(model: interp.Model) -> None:
     except corpora.CorpusError as error:
         pytest.skip(f"the word list cannot be had here: {error}")
     table = studies.register(
-        model, thresholds=(0.2,), prompts=40, samples=2, controls=20, control_prompts=20, score_tokens=1_500,
-        select_tokens=40_000, watch=DOMAINS,
+        model, thresholds=(0.2,), prompts=20, samples=3, controls=20, control_prompts=20, score_tokens=300,
+        select_tokens=20_000, new_tokens=12, watch=DOMAINS,
     )  # fmt: skip
     print(table[table["metric"] == "mean_score"].round(3).to_string())
     score = table[(table["metric"] == "mean_score") & (table["kind"] == "toxic")]
@@ -106,10 +107,10 @@ def test_e_rudeness(model: interp.Model) -> None:
 
 def test_g_every_used_expert_has_a_list(model: interp.Model) -> None:
     held_out = texts("test", DOMAINS)
-    stats = experts.routing(model, held_out, max_tokens=1_500)
+    stats = experts.routing(model, held_out, max_tokens=600)
     size, first = stats.size, {router: layer for layer, router in reversed(stats.layers.items())}
     everybody = experts.ExpertSet(model, {layer: range(size) for layer in first.values()})
-    lists = top_examples(model, held_out, everybody, k=5, max_tokens=1_500)
+    lists = top_examples(model, held_out, everybody, k=5, max_tokens=600)
     for router, layer in first.items():
         used = set((stats.mass.sum(0)[router] > 0).nonzero()[:, 0].tolist())
         mine: Any = lists[lists["layer"] == layer]
