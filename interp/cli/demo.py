@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from interp.demo import Tour
 
 RESECTION_LEGEND = (
-    "damage: rise of the loss on the removed domain, nats per token; others: mean change on the other domains; random: "
-    "damage by random experts of the same layers and frequency"
+    "damage: rise of the loss on the removed domain, nats per token; others: mean change on the other domains; ratio: "
+    "of the two; random: damage by random experts of the same layers and frequency"
 )
 
 

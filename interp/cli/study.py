@@ -105,21 +105,11 @@ def show(summary: pd.DataFrame, title: str) -> None:
     from rich.table import Table
 
     shown = Table(title=escape(title), title_justify="left")
-    for column in (
-        "removed",
-        "experts",
-        "damage",
-        "95 % interval",
-        "others",
-        "selectivity",
-        "random",
-        "damage / random",
-    ):
-        shown.add_column(column, justify="left" if column == "removed" else "right")
+    for column in ("removed", "experts", "damage", "95 %", "others", "ratio", "random", "/ random"):
+        shown.add_column(column, justify="left" if column == "removed" else "right", no_wrap=True)
     for _, row in summary.iterrows():
-        interval = (
-            f"{row['damage_low']:+.3f} to {row['damage_high']:+.3f}" if row["damage_low"] == row["damage_low"] else ""
-        )
+        known = row["damage_low"] == row["damage_low"]  # not NaN
+        interval = f"{row['damage_low']:.2f}..{row['damage_high']:.2f}" if known else ""
         shown.add_row(
             escape(str(row["removed"])), f"{row['units']:,.0f}", f"{row['damage']:+.3f}", interval,
             f"{row['spill']:.4f}", f"{row['selectivity']:.1f}", f"{row['random']:+.4f}",
