@@ -22,6 +22,9 @@ Labelled = Mapping[str, Sequence[str]]
 #: Documents that a bounded number of tokens is spread over, where there are so many.
 SPREAD = 20
 
+#: Characters that a token has at most, in all but odd texts; those give fewer tokens than their share.
+LONGEST = 40
+
 
 @dataclass(frozen=True)
 class Window:
@@ -104,7 +107,10 @@ def corpus(model: Any, texts: Labelled | Corpus, max_tokens: int | None = None, 
         for text in documents:
             if not text.strip() or room == 0:
                 continue
-            ids = model.tokenizer(text, verbose=False)["input_ids"][:share][:room]
+            start = (
+                text if share is None else text[: LONGEST * share]
+            )  # a novel need not be tokenised for its first page
+            ids = model.tokenizer(start, verbose=False)["input_ids"][:share][:room]
             room = None if room is None else room - len(ids)
             pieces = [ids[i : i + context] for i in range(0, len(ids), context)]
             pieces = [p for p in pieces if len(p) > 1]  # a lone token predicts nothing

@@ -82,7 +82,7 @@ def top_examples(
 def experts_per_token(model: Any, texts: Any, threshold: float = 0.01) -> pd.DataFrame:
     """How many experts each token uses: columns batch, position, token, router, experts (weight above `threshold`).
 
-    For Monet the weight is the sum over heads, and every pair is counted (chunks of tokens, so n^2 stays bounded).
+    For Monet the weight is the sum over heads, and only pairs of surviving keys are looked at.
     """
     import pandas as pd
 
@@ -92,13 +92,9 @@ def experts_per_token(model: Any, texts: Any, threshold: float = 0.01) -> pd.Dat
     batch, column = mask.nonzero(as_tuple=True)
     rows = []
     for router, weights in units.weigh(model, tokens):
-        count = torch.zeros(len(batch), dtype=torch.long, device=mask.device)
-        for start in range(0, units.size, 4096):
-            part = torch.arange(start, min(start + 4096, units.size), device=mask.device)
-            count += (weights.of(part) > threshold).sum(1)
         about = {"batch": batch.tolist(), "position": tokens.position[batch, column].tolist()}
         about |= {"token": [_decode(model, t) for t in tokens.ids[mask].tolist()]}
-        rows.append(pd.DataFrame({**about, "router": router, "experts": count.tolist()}))
+        rows.append(pd.DataFrame({**about, "router": router, "experts": weights.above(threshold).tolist()}))
     return pd.concat(rows, ignore_index=True)
 
 

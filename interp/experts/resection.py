@@ -85,7 +85,7 @@ def remove_each(
         )  # fmt: skip
         part.insert(0, "removed", label)
         parts.append(part)
-    table = pd.concat([part.set_axis(part.columns, axis=1) for part in parts], ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
     table.attrs = {
         "model": model.name, "fingerprint": stats.fingerprint, "kind": stats.kind, "rule": rule, "settings": settings,
         "controls": controls, "tokens": data.n_tokens, "seed": seed,

@@ -25,7 +25,6 @@ from interp.experts.units import ExpertError, units_of
 if TYPE_CHECKING:
     import pandas as pd
 
-GROUPS = ("domain", "programming", "language")
 PAPER = ("skew", {"ratio": 2.0})
 
 #: The settings that are tried, per kind of unit. Neurons and few coarse experts rarely reach a ratio of 2.
@@ -103,7 +102,7 @@ def study(
     if splits is None:
         from interp import corpora
 
-        splits = lambda split: corpora.load(split, group=group, max_bytes=20 * select_tokens)  # noqa: E731
+        splits = lambda split: corpora.load(split, group=group)  # noqa: E731
     units = units_of(model, kind)
     say(f"{model.name}: routing statistics on the train split")
     stats = routing(model, splits("train"), kind=kind, max_tokens=select_tokens)
@@ -180,8 +179,7 @@ def register(
     say(f"{model.name}: routing statistics on the train split")
     stats = routing(model, corpora.load("train", labels=["toxic", "neutral"]), kind=kind, max_tokens=select_tokens)
     held_out = corpora.load("test", labels=["toxic", "neutral"])
-    room = 20 * score_tokens  # bytes
-    general = corpora.load("test", labels=watch or corpora.labels("domain"), max_bytes=room)
+    general = corpora.load("test", labels=watch or corpora.labels("domain"))
     watched = {**held_out, **general}
     beginnings = {label: [_beginning(text) for text in texts[:prompts]] for label, texts in held_out.items()}
     return suppress(
@@ -225,10 +223,7 @@ def descriptions(
     from interp.experts.describe import detection
     from interp.experts.sets import ExpertSet
 
-    train, test = (
-        corpus(model, corpora.load(split, group=group, max_bytes=20 * max_tokens), max_tokens)
-        for split in ("train", "test")
-    )
+    train, test = (corpus(model, corpora.load(split, group=group), max_tokens) for split in ("train", "test"))
     stats = routing(model, train)
     used = stats.used.sum(0) / stats.tokens.sum() >= 1e-3  # [router, unit]
     generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from interp import edits
+from interp.factored import FactoredExperts
 
 
 class ExpertError(ValueError):
@@ -64,6 +65,10 @@ class Weights(Protocol):
 
     def of(self, units: Tensor) -> Tensor:
         """Weights of some units: [token, unit]."""
+        ...
+
+    def above(self, threshold: float) -> Tensor:
+        """How many units weigh more than this at each token: [token]."""
         ...
 
 
@@ -141,6 +146,8 @@ class Factored:
 
     def __init__(self, g1: Tensor, g2: Tensor) -> None:
         self.g1, self.g2 = g1.double(), g2.double()
+        mask = torch.ones(1, len(g1), dtype=torch.bool, device=g1.device)
+        self.experts = FactoredExperts(0, self.g1[None], self.g2[None], mask)
 
     def total(self, group: Tensor, n: int) -> Tensor:
         """sum_t W_ij(t) = g1^T g2 over (token, head): one matrix product per group, never [token, n^2]."""
@@ -150,8 +157,10 @@ class Factored:
         return _outer((self.g1 > 0).to(self.g1), (self.g2 > 0).to(self.g2), group, n)
 
     def of(self, units: Tensor) -> Tensor:
-        n = self.g1.shape[-1]
-        return (self.g1[..., units // n] * self.g2[..., units % n]).sum(1)
+        return self.experts.weights(units)[0]
+
+    def above(self, threshold: float) -> Tensor:
+        return self.experts.count(threshold)[0]
 
 
 def _outer(g1: Tensor, g2: Tensor, group: Tensor, n: int) -> Tensor:
@@ -198,6 +207,9 @@ class Slots:
     def of(self, units: Tensor) -> Tensor:
         return self.all[:, units]
 
+    def above(self, threshold: float) -> Tensor:
+        return (self.all > threshold).sum(1)
+
 
 def _by_group(values: Tensor, group: Tensor, n: int) -> Tensor:
     return values.new_zeros(n, values.shape[1]).index_add_(0, group, values)
@@ -240,3 +252,6 @@ class Dense:
 
     def of(self, units: Tensor) -> Tensor:
         return self.all[:, units]
+
+    def above(self, threshold: float) -> Tensor:
+        return (self.all > threshold).sum(1)

@@ -96,3 +96,13 @@ def test_descriptions_are_of_used_experts_one_layer_per_router(
     stats = experts.routing(monet, texts)
     for _, row in table.iterrows():
         assert stats.used[:, stats.layers[row["layer"]], row["expert"]].sum() > 0
+
+
+def test_models_are_compared_at_one_damage() -> None:
+    made = pd.DataFrame(
+        {"method": ["monet, skew"] * 2, "damage": [0.0, 1.0], "spill": [0.0, 0.1], "share_of_all": [0.0, 0.2]}
+    )
+    level = studies.compare({"a": made, "b": made.assign(spill=[0.0, 0.4], damage=[0.0, 0.4])}, damage=0.5)
+    assert list(level["method"]) == ["a: monet, skew", "b: monet, skew"]
+    assert level["selectivity"].iloc[0] == pytest.approx(10.0)
+    assert level["spill"].isna().iloc[1]  # b never does so much
