@@ -77,7 +77,8 @@ def one_case(subject: Subject, methods: list[Method], setting: Setting) -> tuple
     notes = {"again": "the plain pass a second time"} | {m.name: m.note for m in methods}
     rows = [{"case": methods[0].case, "method": name, "environment": "", "note": notes[name], "rounds": len(taken.wall),
              "ms": 1e3 * statistics.median(taken.wall), "wall": asdict(Ratio.of(taken.wall, plain.wall)),
-             "cpu": asdict(Ratio.of(taken.cpu, plain.cpu)), **errors.get(name, {"error": None})}
+             "cpu": asdict(Ratio.of(taken.cpu, plain.cpu)), "best": taken.best / plain.best,
+             **errors.get(name, {"error": None})}
             for name, taken in times.items()]
     return rows, max(plain.wall) / min(plain.wall)
 

@@ -70,18 +70,18 @@ def _summary(runs: list[dict[str, Any]]) -> Iterator[str]:
 
 def _table(run: dict[str, Any]) -> Iterator[str]:
     """All methods of one model."""
-    yield "| case | method | wall | CPU | ms | agrees | |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| case | method | wall | fastest | CPU | ms | agrees | |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     titles = {case["name"]: case["title"] for case in run["cases"]}
     for row in sorted(run["rows"], key=lambda row: list(titles).index(row["case"])):
         title, place = titles[row["case"]], f" (beside {row['environment']})" if row["environment"] else ""
         if place and row["method"] != "interp":
             place = " (own process)"
         if not row.get("wall"):
-            yield f"| {title} | {row['method']} | | | | | {_cell(row['note'])} |"
+            yield f"| {title} | {row['method']} | | | | | | {_cell(row['note'])} |"
             continue
         agrees = "" if row["error"] is None else f"{row['error']:.0e}" if row["error"] else "0"
-        yield (f"| {title} | {row['method']}{place} | {_ratio(row['wall'])} | {_ratio(row['cpu'])} | {row['ms']:.0f} "
+        yield (f"| {title} | {row['method']}{place} | {_ratio(row['wall'])} | {row['best']:.2f} | {_ratio(row['cpu'])} | {row['ms']:.0f} "
                f"| {agrees} | {_cell(row['note'])} |")
 
 
