@@ -81,8 +81,8 @@ def _table(run: dict[str, Any]) -> Iterator[str]:
             yield f"| {title} | {row['method']} | | | | | | {_cell(row['note'])} |"
             continue
         agrees = "" if row["error"] is None else f"{row['error']:.0e}" if row["error"] else "0"
-        yield (f"| {title} | {row['method']}{place} | {_ratio(row['wall'])} | {row['best']:.2f} | {_ratio(row['cpu'])} | {row['ms']:.0f} "
-               f"| {agrees} | {_cell(row['note'])} |")
+        yield (f"| {title} | {row['method']}{place} | {_ratio(row['wall'])} | {row['best']:.2f} | {_ratio(row['cpu'])} "
+               f"| {row['ms']:.0f} | {agrees} | {_cell(row['note'])} |")
 
 
 def _ratio(value: dict[str, float]) -> str:
