@@ -184,14 +184,18 @@ class SAE:
         return x.to(self.W_enc.dtype)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Activations as the encoder wants them, and the way back for their reconstructions."""
-        if self.normalize_activations == "none":
-            return x, lambda out: out
-        if self.normalize_activations == "constant_norm_rescale":
-            scale = self.d_in**0.5 / x.norm(dim=-1, keepdim=True)
-            return x * scale, lambda out: out / scale
-        mean, std = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
-        return (x - mean) / (std + 1e-5), lambda out: out * std + mean
+        return normalised(x, self.normalize_activations)
+
+
+def normalised(x: Tensor, how: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Activations [..., d_in] as the encoder wants them, and the way back for their reconstructions."""
+    if how == "none":
+        return x, lambda out: out
+    if how == "constant_norm_rescale":
+        scale = x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True)
+        return x * scale, lambda out: out / scale
+    mean, std = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
+    return (x - mean) / (std + 1e-5), lambda out: out * std + mean
 
 
 # -- the directory -----------------------------------------------------------------------------------------------
@@ -201,7 +205,7 @@ def load(dir: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> 
     Raises SAEError for a directory that is none, or an SAE that is not supported, with the name of what is not.
     """
     path = Path(dir)
-    cfg, found = _read(path, device)
+    cfg, found = read(path, device)
     arch = cfg.get("architecture", "standard")
     if arch not in ARCHITECTURES:
         mend = "; this is a checkpoint of its training, write it with save_inference_model" * (
@@ -224,8 +228,8 @@ def load(dir: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> 
     return SAE(**tensors, arch=arch, metadata=cfg.get("metadata") or {}, **settings)
 
 
-def _read(path: Path, device: str | torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config in today's form, tensors) of a directory."""
+def read(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config in today's form, tensors) of a directory, whatever the architecture."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -244,21 +248,24 @@ def _read(path: Path, device: str | torch.device) -> tuple[dict[str, Any], dict[
 
 def save(sae: SAE, dir: str | os.PathLike[str]) -> Path:
     """Writes an SAE so that ``sae_lens.SAE.load_from_disk(dir)`` and `load` read it; replaces one that is there."""
+    settings = {name: getattr(sae, name) for name in (*_SETTINGS, *(_TOPK_SETTINGS if sae.arch == "topk" else ()))}
+    cfg = {"architecture": sae.arch, "d_in": sae.d_in, "d_sae": sae.d_sae, **settings, "metadata": sae.metadata}
+    return write(cfg, sae._tensors(), dir)
+
+
+def write(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], dir: str | os.PathLike[str]) -> Path:
+    """Writes a config and tensors [by SAELens's names] as an SAE directory; whole files or none."""
     from safetensors.torch import save_file
 
     path = Path(dir)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae._tensors().items()}
-    cfg: dict[str, Any] = {
-        "architecture": sae.arch,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    cfg = {
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
         "device": "cpu",
-        "metadata": {"sae_lens_version": _VERSION, **sae.metadata},
+        **cfg,
+        "metadata": {"sae_lens_version": _VERSION, **cfg["metadata"]},
     }
-    for name in (*_SETTINGS, *(_TOPK_SETTINGS if sae.arch == "topk" else ())):
-        cfg[name] = getattr(sae, name)
     text = json.dumps(cfg, indent=1)  # before anything is written: metadata that is no JSON fails here
     save_file(tensors, path / f"{WEIGHTS}.tmp")
     (path / f"{CONFIG}.tmp").write_text(text, encoding="utf-8")

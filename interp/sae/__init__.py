@@ -1,0 +1,21 @@
+"""Sparse autoencoders: from activations to directions that fire rarely, and what they are good for.
+
+    from interp import sae
+    s = sae.train(ds, site="resid_post[15]", arch="batchtopk", d_sae=4608, k=32)
+    sae.evaluate(s, m, texts)                       what it costs, what it explains, with intervals
+    with m.intervene(s.ablate(9)): m(toks)          a latent off; what no latent explains stays
+    s.save("dir"); sae.load("dir")                  SAELens reads the same directory
+
+From the bottom: `kernels` (sparse codes, forward and backward), `select` and `pursuit` (which latents fire), `settings`
+and `architectures` (each paper's loss on one path), `sources`, `trainer`, `checkpoint` and `train`; `autoencoder` (what
+comes out), `files` (on disk), `edits` (as interventions); `evaluate`, `dark` and `latents` (what it is worth).
+"""
+
+from __future__ import annotations
+
+from interp.bridges.sae_lens import SAEError
+from interp.sae.autoencoder import SAE
+from interp.sae.settings import DEFAULTS, Settings
+from interp.sae.train import train, train_many
+
+__all__ = ["DEFAULTS", "SAE", "SAEError", "Settings", "train", "train_many"]
