@@ -16,14 +16,20 @@ from __future__ import annotations
 
 from interp.experts.ablate import Ablation, ablate
 from interp.experts.bake import resect
+from interp.experts.balance import load, saturation
 from interp.experts.batches import Corpus, corpus
+from interp.experts.coactivation import coactivation
+from interp.experts.collect import routing
 from interp.experts.controls import matched
 from interp.experts.evaluate import evaluate, switched_off
+from interp.experts.examples import examples
 from interp.experts.losses import Losses, losses
 from interp.experts.resection import at_damage, frontier, matrix, remove_each, summary
-from interp.experts.select import RULES, correlation, lift, select, skew
+from interp.experts.scores import auroc, correlation, lift, skew
+from interp.experts.select import RULES, select
 from interp.experts.sets import ExpertSet
-from interp.experts.stats import RoutingStats, routing
+from interp.experts.specialisation import specialisation
+from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError, units_of
 
 __all__ = [
@@ -36,19 +42,25 @@ __all__ = [
     "RoutingStats",
     "ablate",
     "at_damage",
+    "auroc",
+    "coactivation",
     "corpus",
     "correlation",
     "evaluate",
+    "examples",
     "frontier",
     "lift",
+    "load",
     "losses",
     "matched",
     "matrix",
     "remove_each",
     "resect",
     "routing",
+    "saturation",
     "select",
     "skew",
+    "specialisation",
     "summary",
     "switched_off",
     "units_of",

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interp.experts.batches import Corpus, Labelled, corpus
+from interp.experts.collect import routing
 from interp.experts.controls import frequency, matched
 from interp.experts.losses import METRICS, Losses, change, losses, metric
 from interp.experts.sets import ExpertSet
-from interp.experts.stats import RoutingStats, routing
+from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
 
 if TYPE_CHECKING:

@@ -1,167 +1,228 @@
-"""Which experts carry a label: rules, each named after its source.
+"""Which experts carry a label: rules, each a score (`interp.experts.scores`) and a way to cut it.
 
-    skew          mass on the label at least `ratio` times that on every other label        Monet, section 5.1 (ratio 2)
-    lift          mass on the label at least `ratio` times the mean over other labels        ours: what damage over mean
-                                                                                              spill asks for
-    correlation   Pearson r between a document's mean routing weight and its label,         Monet, section 5.3
-                  above `threshold`                                                         (.2, .1, .05)
-    top           the `count` (or `share` of all) units of largest skew in each router      for models whose experts
-                                                                                            never reach a ratio
-    most          the `count` units with the largest mass on the label in each router       Monet's OLMoE baseline (1)
+    rule          takes the units with                                           source
+    skew          score >= `ratio`                                               Monet, section 5.1 (ratio 2)
+    lift          score >= `ratio`                                               ours
+    contribution  score >= `ratio`                                               skew, weighted by output norm
+    correlation   r > `threshold`, and with `fdr` significant                    Monet, section 5.3 (.2, .1, .05)
+    auroc         area > `threshold`, significant at `fdr`                       Mann-Whitney, Benjamini-Hochberg
+    precision     the largest average precision                                  relation-specific neurons
+    rate          the largest difference of selection rates                      SteerMoE
+    ftri          the largest, `total` = 10 of the whole model                   MoTE
+    esft_gate     the fewest of each router that hold a share `p` of the score   ESFT (p = .1)
+    esft_token    the same                                                       ESFT (p = .2)
+    reap          the largest saliency                                           REAP
+    top           the largest skew                                               where no unit reaches a ratio
+    most          the largest mass on the label                                  Monet's OLMoE baseline (count 1)
 
-All of them read `RoutingStats` only; score what they choose on other text than the statistics came from.
+"The largest" are `count` units of each router, a `share` of each, or `total` units of the whole model, and never a unit
+with score 0 or less. What `experts.attribute` or `experts.sweep` measured can be cut in the same way
+(`rule="attribution"`).
+
+Score what they choose on other text than the statistics came from; the set's record says which that was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from interp.experts import scores
+from interp.experts.scores import correlation, lift, skew
 from interp.experts.sets import ExpertSet
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-def skew(stats: RoutingStats, label: str) -> Tensor:
-    """Mass per token on `label` over the largest on any other label [router, unit]; 0 / 0 counts as 0.
+__all__ = ["RULES", "correlation", "lift", "select", "select_or_none", "skew"]
 
-    Units used on this label alone have infinite skew.
-    """
-    at, p = stats.index(label), stats.probability
-    if len(stats.labels) < 2:
-        raise ExpertError(f"labels: only {label!r} is there; a contrast needs at least one other label")
-    others = torch.cat([p[:at], p[at + 1 :]]).amax(0)
-    return torch.where(p[at] > 0, p[at] / others, torch.zeros_like(others))
+#: Below this many tokens of a label its statistics say nothing.
+FEWEST = 20
 
 
-def lift(stats: RoutingStats, label: str) -> Tensor:
-    """Mass per token on `label` over the mean of all other labels [router, unit]; 0 / 0 counts as 0.
-
-    Skew protects the second-highest label, lift the average one. If what a unit does for a label is in proportion to
-    its mass there, then among all sets of a given damage the one of largest lift has the smallest mean spill (the
-    lemma of Neyman and Pearson).
-    """
-    at, p = stats.index(label), stats.probability
-    if len(stats.labels) < 2:
-        raise ExpertError(f"labels: only {label!r} is there; a contrast needs at least one other label")
-    others = torch.cat([p[:at], p[at + 1 :]]).mean(0)
-    return torch.where(p[at] > 0, p[at] / others, torch.zeros_like(others))
-
-
-def correlation(stats: RoutingStats, label: str, against: str | None = None) -> Tensor:
-    """Pearson r over documents between mean routing weight and being `label` (1) or not (0) [router, unit].
+def largest(
+    score: Tensor, *, count: int | None = None, share: float | None = None, total: int | None = None
+) -> Tensor:  # fmt: skip
+    """True at the largest scores [router, unit]; units with a score of 0 or less are never taken.
 
     Args:
-        stats: what was measured.
-        label: the ones.
-        against: the label of the zeros; default all other labels pooled.
+        score: [router, unit].
+        count: units of each router.
+        share: of a router's units, 0..1.
+        total: units of the whole model.
 
-    Units whose weight never varies get r = 0.
+    Raises ExpertError unless exactly one of the three is given, and where it is out of range.
     """
-    at = stats.index(label)
-    zeros = [stats.index(against)] if against else [i for i in range(len(stats.labels)) if i != at]
-    if not zeros or at in zeros:
-        raise ExpertError(f"against={against!r}: a correlation needs documents of another label than {label!r}")
-    n1, n0 = float(stats.documents[at]), float(stats.documents[zeros].sum())
-    if min(n1, n0) < 2:
-        raise ExpertError(f"label {label!r}: {int(n1)} documents against {int(n0)}; a correlation needs two of each")
-    sum1, sum0 = stats.doc_sum[at], stats.doc_sum[zeros].sum(0)
-    n, total = n1 + n0, sum1 + sum0
-    square = stats.doc_square[at] + stats.doc_square[zeros].sum(0)
-    # r = cov(m, y) / sd(m) sd(y) with y in {0, 1}
-    covariance = sum1 / n - total / n * (n1 / n)
-    variance = (square / n - (total / n).square()).clamp_min(0)
-    spread = (variance * (n1 / n) * (n0 / n)).sqrt()
-    varies = variance > 1e-12 * (total / n).square()
-    return torch.where(varies, covariance / spread.clamp_min(1e-300), torch.zeros_like(spread))
+    size = score.shape[-1]
+    if sum(x is not None for x in (count, share, total)) != 1:
+        raise ExpertError(
+            "give exactly one of count (units per router), share (part of a router's units) and total (units of the "
+            "whole model)"
+        )
+    if total is not None:
+        if not 1 <= total <= score.numel():
+            raise ExpertError(f"total={total}: expected 1..{score.numel()} units of the model")
+        flat = score.flatten()
+        chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, flat.topk(int(total)).indices, True)
+        return chosen.view_as(score) & (score > 0)
+    wanted = int(count) if count is not None else max(1, round((share or 0.0) * size))
+    if not 1 <= wanted <= size:
+        raise ExpertError(f"count={count}, share={share}: expected 1..{size} units per router")
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, score.topk(wanted).indices, True) & (score > 0)
 
 
-def _by_skew(stats: RoutingStats, label: str, ratio: float = 2.0) -> Tensor:
-    if ratio <= 1:
-        raise ExpertError(f"ratio={ratio}: expected more than 1, or a unit could belong to two labels at once")
-    return skew(stats, label) >= ratio
+def smallest_holding(score: Tensor, p: float) -> Tensor:
+    """True at the fewest units of each router that together hold a share `p` of its score (ESFT, eq. 8)."""
+    if not 0 < p <= 1:
+        raise ExpertError(f"p={p}: expected a share, above 0 and at most 1")
+    ranked = score.sort(-1, descending=True)
+    before = ranked.values.cumsum(-1) - ranked.values
+    need = (before < p * score.sum(-1, keepdim=True)) & (ranked.values > 0)
+    return torch.zeros_like(need).scatter_(-1, ranked.indices, need)
 
 
-def _by_lift(stats: RoutingStats, label: str, ratio: float = 4.0) -> Tensor:
-    if ratio <= 1:
-        raise ExpertError(f"ratio={ratio}: expected more than 1, the mean of the other labels")
-    return lift(stats, label) >= ratio
+def significant(p: Tensor, fdr: float) -> Tensor:
+    """True where a discovery stands at false-discovery rate `fdr` over all units of the model (Benjamini-Hochberg)."""
+    from scipy.stats import false_discovery_control
+
+    if not 0 < fdr < 1:
+        raise ExpertError(f"fdr={fdr}: expected a rate between 0 and 1")
+    return torch.from_numpy(false_discovery_control(p.flatten().numpy())).view_as(p) <= fdr
+
+
+def _at_least(ratio: float, score: Callable[[RoutingStats, str], Tensor]) -> Callable[..., Tensor]:
+    default = ratio
+
+    def rule(stats: RoutingStats, label: str, ratio: float = default) -> Tensor:
+        if ratio <= 1:
+            raise ExpertError(f"ratio={ratio}: expected more than 1, or a unit could belong to several labels at once")
+        return score(stats, label) >= ratio
+
+    return rule
+
+
+def _largest(
+    score: Callable[..., Tensor], total: int | None = None, contrast: bool = False
+) -> Callable[..., Tensor]:  # fmt: skip
+    default = total
+
+    def plain(
+        stats: RoutingStats, label: str, count: int | None = None, share: float | None = None, total: int | None = None
+    ) -> Tensor:  # fmt: skip
+        total = default if count is None and share is None and total is None else total
+        return largest(score(stats, label), count=count, share=share, total=total)
+
+    def contrasting(
+        stats: RoutingStats, label: str, against: str | None = None, count: int | None = None,
+        share: float | None = None, total: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        total = default if count is None and share is None and total is None else total
+        return largest(score(stats, label, against), count=count, share=share, total=total)
+
+    return contrasting if contrast else plain
 
 
 def _by_correlation(
-    stats: RoutingStats, label: str, threshold: float = 0.1, against: str | None = None
+    stats: RoutingStats, label: str, threshold: float = 0.1, against: str | None = None, fdr: float | None = None
 ) -> Tensor:  # fmt: skip
-    return correlation(stats, label, against) > threshold
+    above = correlation(stats, label, against) > threshold
+    return above if fdr is None else above & significant(scores.correlation_p(stats, label, against), fdr)
 
 
-def _by_top(stats: RoutingStats, label: str, count: int | None = None, share: float | None = None) -> Tensor:
-    return _largest(skew(stats, label), _count(stats, count, share))
+def _by_auroc(
+    stats: RoutingStats, label: str, threshold: float = 0.5, against: str | None = None, fdr: float = 0.05
+) -> Tensor:  # fmt: skip
+    area, p = scores.auroc(stats, label, against)
+    return (area > threshold) & significant(p, fdr)
 
 
-def _by_most(stats: RoutingStats, label: str, count: int | None = None, share: float | None = None) -> Tensor:
-    return _largest(stats.probability[stats.index(label)], _count(stats, count, share))
-
-
-def _count(stats: RoutingStats, count: int | None, share: float | None) -> int:
-    if (count is None) == (share is None):
-        raise ExpertError("give exactly one of count (units per router) and share (part of a router's units)")
-    wanted = int(count) if count is not None else max(1, round((share or 0.0) * stats.size))
-    if not 1 <= wanted <= stats.size:
-        raise ExpertError(f"count={count}, share={share}: expected 1..{stats.size} units per router")
-    return wanted
-
-
-def _largest(score: Tensor, count: int) -> Tensor:
-    """True at the `count` largest of each router [router, unit]; units with score 0 are never taken."""
-    top = score.topk(count, dim=-1).indices
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, top, True) & (score > 0)
+def _mass(stats: RoutingStats, label: str) -> Tensor:
+    return stats.probability[stats.index(label)]
 
 
 RULES: dict[str, Callable[..., Tensor]] = {
-    "skew": _by_skew,
-    "lift": _by_lift,
+    "skew": _at_least(2.0, skew),
+    "lift": _at_least(4.0, lift),
     "correlation": _by_correlation,
-    "top": _by_top,
-    "most": _by_most,
+    "contribution": _at_least(2.0, scores.contribution),
+    "auroc": _by_auroc,
+    "precision": _largest(scores.precision, contrast=True),
+    "rate": _largest(scores.rate, contrast=True),
+    "ftri": _largest(scores.ftri, total=10, contrast=True),
+    "esft_gate": lambda stats, label, p=0.1: smallest_holding(scores.esft_gate(stats, label), p),
+    "esft_token": lambda stats, label, p=0.2: smallest_holding(scores.esft_token(stats, label), p),
+    "reap": _largest(scores.reap),
+    "top": _largest(skew),
+    "most": _largest(_mass),
 }
 _LOOSEN = {
     "skew": "a smaller ratio, or compare with fewer labels",
     "lift": "a smaller ratio",
+    "contribution": "a smaller ratio",
     "correlation": "a smaller threshold, or more documents",
-    "top": "a larger count",
-    "most": "a larger count",
+    "auroc": "a smaller threshold, a larger fdr, or more documents",
 }
 
 
 def select(
-    stats: RoutingStats, label: str, rule: str = "skew", *, force: bool = False, **settings: Any
+    stats: RoutingStats | pd.DataFrame, label: str, rule: str = "skew", *, force: bool = False, **settings: Any
 ) -> ExpertSet:  # fmt: skip
     """The units that carry `label`, by one of the rules of this module.
 
     Args:
         stats: from `routing`; the labels in it are the ones that `label` is set against (`stats.only` narrows them).
+            Or, for rule "attribution", a Table of `attribute` or `sweep`.
         label: whose units are wanted.
-        rule: skew (ratio), lift (ratio), correlation (threshold, against), top (count or share), most (count or share).
-        force: allow a set of every unit of a layer.
-        **settings: of the rule, as named above.
+        rule: one of the table above.
+        force: allow a set of every unit of a layer, and a label of a handful of tokens.
+        **settings: of the rule: ratio, threshold, fdr, against (one label in place of all others), p, or one of count,
+            share and total.
 
-    Raises ExpertError for an unknown label or rule, and where no unit, or every unit, meets the rule.
+    Raises ExpertError for an unknown label or rule, a label too small to select on, and where no unit, or every unit,
+    meets the rule.
     """
-    if rule not in RULES:
-        raise ExpertError(f"rule={rule!r}: expected one of {', '.join(RULES)}")
-    try:
-        chosen = RULES[rule](stats, label, **settings)  # [router, unit]
-    except TypeError as error:
-        raise ExpertError(f"rule={rule!r}: {error}") from error
+    if not isinstance(stats, RoutingStats):
+        return _by_attribution(stats, label, rule, settings)
+    chosen = _apply(stats, label, rule, settings, force)
     if not bool(chosen.any()):
         best = float(skew(stats, label).max()) if rule == "skew" else None
         near = f" (the largest ratio of any unit is {best:.2f})" if best is not None else ""
         raise ExpertError(
-            f"no unit of {stats.name} meets rule {rule!r} {settings or ''} for {label!r}{near}; try {_LOOSEN[rule]}"
+            f"no unit of {stats.name} meets rule {rule!r} {settings or ''} for {label!r}{near}; try "
+            f"{_LOOSEN.get(rule, 'a larger count')}"
         )
+    return _set(stats, chosen, label, rule, settings, force)
+
+
+def select_or_none(stats: RoutingStats, label: str, rule: str, settings: dict[str, Any]) -> ExpertSet:
+    """`select`, but an empty set where no unit meets the rule: in a sweep that is a result, not a mistake."""
+    return _set(stats, _apply(stats, label, rule, settings, False), label, rule, settings, False)
+
+
+def _apply(stats: RoutingStats, label: str, rule: str, settings: dict[str, Any], force: bool) -> Tensor:
+    """True at the units that meet the rule [router, unit]."""
+    if rule not in RULES:
+        raise ExpertError(f"rule={rule!r}: expected one of {', '.join(RULES)}, or attribution for a Table of attribute")
+    tokens = int(stats.tokens[stats.index(label)])
+    if tokens < FEWEST and not force:
+        raise ExpertError(
+            f"label {label!r}: {tokens} tokens are too few to select on (expected {FEWEST} or more, better thousands); "
+            "give more text, or pass force=True"
+        )
+    try:
+        return RULES[rule](stats, label, **settings)
+    except TypeError as error:
+        raise ExpertError(f"rule={rule!r}: {error}") from error
+
+
+def _set(
+    stats: RoutingStats, chosen: Tensor, label: str, rule: str, settings: dict[str, Any], force: bool
+) -> ExpertSet:  # fmt: skip
     full = [layer for layer, router in stats.layers.items() if bool(chosen[router].all())]
     if full and not force:
         raise ExpertError(
@@ -169,15 +230,39 @@ def select(
             "stricter, or pass force=True"
         )
     ids = {layer: chosen[router].nonzero()[:, 0] for layer, router in stats.layers.items()}
+    at = stats.index(label)
     record = {
-        "rule": rule, "settings": settings, "label": label, "labels": stats.labels,
-        "tokens": int(stats.tokens[stats.index(label)]),
+        "rule": rule, "settings": settings, "label": label, "labels": stats.labels, "tokens": int(stats.tokens[at]),
+        "documents": int(stats.documents[at]), "data": stats.data,
     }  # fmt: skip
     return ExpertSet._of(stats, ids, record)
 
 
-def select_or_none(stats: RoutingStats, label: str, rule: str, settings: dict[str, Any]) -> ExpertSet:
-    """`select`, but an empty set where no unit meets the rule: in a sweep that is a result, not a mistake."""
-    if rule in RULES and not bool(RULES[rule](stats, label, **settings).any()):
-        return ExpertSet._of(stats, {}, {"rule": rule, "settings": settings, "label": label})
-    return select(stats, label, rule, **settings)
+def _by_attribution(table: pd.DataFrame, label: str, rule: str, settings: dict[str, Any]) -> ExpertSet:
+    """Units whose removal hurts `label` most, beyond what it does to the others on average.
+
+    Settings: count, share or total, and beyond=False to look at the label alone.
+    """
+    from types import SimpleNamespace
+
+    if rule != "attribution":
+        raise ExpertError(f"rule={rule!r}: a Table of attribute or sweep is cut by rule='attribution'")
+    about = table.attrs
+    if label not in set(table["label"]):
+        raise ExpertError(f"label {label!r}: the table has {', '.join(map(str, table['label'].unique()))}")
+    wide = table.pivot(index=["layer", "expert"], columns="label", values="value")
+    beyond = bool(settings.get("beyond", True)) and wide.shape[1] > 1
+    score = wide[label] - (wide.drop(columns=label).mean(axis=1) if beyond else 0.0)
+    layers = sorted(score.index.get_level_values("layer").unique())
+    values = torch.stack([torch.from_numpy(score.loc[layer].sort_index().to_numpy(float)) for layer in layers])
+    try:
+        chosen = largest(values, **{k: v for k, v in settings.items() if k != "beyond"})
+    except TypeError as error:
+        raise ExpertError(f"rule={rule!r}: {error}") from error
+    if not bool(chosen.any()):
+        raise ExpertError(f"no unit's removal hurts {label!r} more than the other labels; try beyond=False")
+    ids = {int(layer): chosen[i].nonzero()[:, 0] for i, layer in enumerate(layers)}
+    keys = ("labels", "tokens", "data", "metric", "mode", "method")
+    record = {"rule": rule, "settings": settings, "label": label, **{k: about[k] for k in keys if k in about}}
+    like = SimpleNamespace(**{k: about[k] for k in ("kind", "size", "fingerprint", "n_layers")}, name=about["model"])
+    return ExpertSet._of(like, ids, record)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp.experts.batches import Labelled, corpus
+from interp.experts.collect import routing
 from interp.experts.resection import at_damage, frontier, remove_each, summary
-from interp.experts.stats import RoutingStats, routing
+from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError, units_of
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -40,8 +41,8 @@ class Units(Protocol):
     size: int
     layers: dict[int, int]
 
-    def weigh(self, model: Any, tokens: Any) -> Iterator[tuple[int, Weights]]:
-        """(router, weights of its units at every token) for one batch."""
+    def weigh(self, model: Any, tokens: Any, *, norms: bool = False) -> Iterator[tuple[int, Weights]]:
+        """(router, weights of its units at every token) for one batch; with `norms` they know their outputs' norms."""
         ...
 
     def off(self, model: Any, ids: Mapping[int, Tensor]) -> Any:
@@ -72,6 +73,24 @@ class Weights(Protocol):
         ...
 
 
+class Listed(Weights, Protocol):
+    """Weights that can be written out per token, as those of routed experts and of neurons can."""
+
+    @property
+    def all(self) -> Tensor:
+        """Weight of every unit [token, unit], 0 where it is not used."""
+        ...
+
+    @property
+    def used(self) -> Tensor:
+        """1 where the token uses the unit, else 0 [token, unit]."""
+        ...
+
+    def norms(self, group: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Summed over the tokens of each group that use the unit: norm of its output, of weight x output [n, unit]."""
+        ...
+
+
 def units_of(model: Any, kind: str = "auto") -> Units:
     """The units of a model: its experts, or with kind "neurons" those of its dense MLPs.
 
@@ -85,19 +104,30 @@ def units_of(model: Any, kind: str = "auto") -> Units:
         if not monet:
             raise ExpertError(f"{model.name} is no Monet model; kind='auto' finds what it has")
         return MonetPairs(model)
-    if kind == "routed" or (kind == "auto" and routed):
+    if kind == "routed" or (kind == "auto" and (routed or _unreached(model))):
+        if not routed and (why := _unreached(model)):
+            raise ExpertError(f"{model.name} has experts that cannot be read or changed one by one: {why}")
         if not routed:
-            raise ExpertError(f"{model.name} has no routed experts; kind='neurons' takes the neurons of its MLPs")
+            raise ExpertError(
+                f"{model.name} has no routed experts; experts.split(m, n=...) makes some of its MLPs, and "
+                "kind='neurons' takes their neurons"
+            )
         return RoutedExperts(model, routed)
     neurons = model.anatomy.having("mlp_hidden")
     if kind == "auto":
         raise ExpertError(
-            f"{model.name} is dense: it has no experts. Pass kind='neurons' to treat the "
-            f"{len(neurons)} layers' MLP neurons as the finest experts"
+            f"{model.name} is dense: it has no experts. experts.split(m, n=...) makes experts of its MLPs, and "
+            f"kind='neurons' treats the {len(neurons)} layers' MLP neurons as the finest experts"
         )
     if not neurons:
         raise ExpertError(f"{model.name} has no layer with dense MLP neurons; m.map() says why")
     return Neurons(model, neurons)
+
+
+def _unreached(model: Any) -> str:
+    """Why the experts of a Mixture of Experts are out of reach; "" for a model without any."""
+    reasons = {why for (site, _), why in model.anatomy.absent.items() if site == "expert_weight"}
+    return next((why for why in sorted(reasons) if "has no experts" not in why and "factored" not in why), "")
 
 
 def identity(model: Any) -> str:
@@ -128,7 +158,12 @@ class MonetPairs:
         self.layers = {layer: layer // config.moe_groups for layer in range(config.num_hidden_layers)}
         self.first = [config.layers_of_group(group)[0] for group in range(config.n_groups)]
 
-    def weigh(self, model: Any, tokens: Any) -> Iterator[tuple[int, Weights]]:
+    def weigh(self, model: Any, tokens: Any, *, norms: bool = False) -> Iterator[tuple[int, Weights]]:
+        if norms:
+            raise ExpertError(
+                f"norms: {model.name} has {self.size:,} pairs a layer, whose outputs are never written out; ask "
+                "model.expert_output for those of some experts"
+            )
         acts = model.capture(tokens, [f"{g}[{layer}]" for layer in self.first for g in ("g1", "g2")], check=False)
         for router, layer in enumerate(self.first):
             yield router, Factored(acts[f"g1[{layer}]"][acts.mask], acts[f"g2[{layer}]"][acts.mask])
@@ -178,11 +213,13 @@ class RoutedExperts:
         self.size = model.n_experts
         self.layers = {layer: index for index, layer in enumerate(layers)}
 
-    def weigh(self, model: Any, tokens: Any) -> Iterator[tuple[int, Weights]]:
-        acts = model.capture(tokens, [f"expert_weight[{layer}]" for layer in self.layers], check=False)
+    def weigh(self, model: Any, tokens: Any, *, norms: bool = False) -> Iterator[tuple[int, Weights]]:
+        site = "expert_out" if norms else "expert_weight"
+        acts = model.capture(tokens, [f"{site}[{layer}]" for layer in self.layers], check=False)
         for layer, router in self.layers.items():
             routed = acts.experts(layer)
-            yield router, Slots(routed.ids[acts.mask], routed.weights[acts.mask], self.size)
+            norm = routed.out[acts.mask].float().norm(dim=-1) if norms else None
+            yield router, Slots(routed.ids[acts.mask], routed.weights[acts.mask], self.size, norm)
 
     def off(self, model: Any, ids: Mapping[int, Tensor]) -> Any:
         """Routing weight 0: the expert's contribution goes, the other weights stay (nothing is renormalised)."""
@@ -191,18 +228,35 @@ class RoutedExperts:
 
 
 class Slots:
-    """Weights of the chosen experts: ids and weights [token, slot]."""
+    """Weights of the chosen experts: ids and weights [token, slot], perhaps norms of their outputs [token, slot]."""
 
-    def __init__(self, ids: Tensor, weights: Tensor, size: int) -> None:
-        self.all = torch.zeros(len(ids), size, dtype=torch.float64, device=ids.device)
-        self.all.scatter_add_(1, ids, weights.double())
-        self.used = torch.zeros_like(self.all).scatter_(1, ids, 1.0)
+    def __init__(self, ids: Tensor, weights: Tensor, size: int, norm: Tensor | None = None) -> None:
+        self.ids, self.weights, self.size, self.norm = ids, weights.double(), size, norm
+
+    @cached_property
+    def all(self) -> Tensor:
+        return self.weights.new_zeros(len(self.ids), self.size).scatter_add_(1, self.ids, self.weights)
+
+    @cached_property
+    def used(self) -> Tensor:
+        return self.weights.new_zeros(len(self.ids), self.size).scatter_(1, self.ids, 1.0)
 
     def total(self, group: Tensor, n: int) -> Tensor:
-        return _by_group(self.all, group, n)
+        return self._sums(self.weights, group, n)
 
     def uses(self, group: Tensor, n: int) -> Tensor:
-        return _by_group(self.used, group, n)
+        return self._sums(torch.ones_like(self.weights), group, n)
+
+    def norms(self, group: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        if self.norm is None:
+            raise ExpertError("the outputs' norms were not measured; weigh with norms=True")
+        norm = self.norm.double()
+        return self._sums(norm, group, n), self._sums(norm * self.weights.abs(), group, n)
+
+    def _sums(self, values: Tensor, group: Tensor, n: int) -> Tensor:
+        """values [token, slot] summed by the token's group and the slot's expert [n, unit], never [token, unit]."""
+        bins = group[:, None] * self.size + self.ids
+        return values.new_zeros(n * self.size).index_add_(0, bins.flatten(), values.flatten()).view(n, self.size)
 
     def of(self, units: Tensor) -> Tensor:
         return self.all[:, units]
@@ -228,27 +282,45 @@ class Neurons:
         self.size = sizes.pop()
         self.layers = {layer: index for index, layer in enumerate(layers)}
 
-    def weigh(self, model: Any, tokens: Any) -> Iterator[tuple[int, Weights]]:
+    def weigh(self, model: Any, tokens: Any, *, norms: bool = False) -> Iterator[tuple[int, Weights]]:
         acts = model.capture(tokens, [f"mlp_hidden[{layer}]" for layer in self.layers], check=False)
         for layer, router in self.layers.items():
-            yield router, Dense(acts[f"mlp_hidden[{layer}]"][acts.mask].abs())
+            size = output_weight(model, layer).norm(dim=0) if norms else None
+            yield router, Dense(acts[f"mlp_hidden[{layer}]"][acts.mask].abs(), size)
 
     def off(self, model: Any, ids: Mapping[int, Tensor]) -> Any:
         keep = {la: torch.ones(self.size).index_fill(0, chosen.cpu(), 0.0) for la, chosen in ids.items()}
         return model.intervene(*(edits.scale(f"mlp_hidden[{la}]", mask) for la, mask in keep.items()))
 
 
-class Dense:
-    """One weight per token and unit [token, unit]."""
+def output_weight(model: Any, layer: int) -> Tensor:
+    """The matrix that reads a dense MLP's neurons, one column per neuron [d_model, neuron]."""
+    down = model.anatomy.places["mlp_hidden", layer].module
+    weight: Tensor = down.weight.detach().float()
+    return weight if isinstance(down, torch.nn.Linear) else weight.T  # GPT-2's Conv1D keeps it transposed
 
-    def __init__(self, weights: Tensor) -> None:
-        self.all = weights.double()
+
+class Dense:
+    """One weight per token and unit [token, unit]; with the norms of the units' output vectors [unit]."""
+
+    def __init__(self, weights: Tensor, norm: Tensor | None = None) -> None:
+        self.all, self.norm = weights.double(), norm
+
+    @property
+    def used(self) -> Tensor:
+        return (self.all > 0).double()
 
     def total(self, group: Tensor, n: int) -> Tensor:
         return _by_group(self.all, group, n)
 
     def uses(self, group: Tensor, n: int) -> Tensor:
-        return _by_group((self.all > 0).double(), group, n)
+        return _by_group(self.used, group, n)
+
+    def norms(self, group: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        if self.norm is None:
+            raise ExpertError("the outputs' norms were not measured; weigh with norms=True")
+        norm = self.norm.double()
+        return self.uses(group, n) * norm, self.total(group, n) * norm
 
     def of(self, units: Tensor) -> Tensor:
         return self.all[:, units]
