@@ -1,0 +1,99 @@
+"""Running only the part of a forward pass that an edit can change.
+
+Nothing below the first edited layer changes, so its result need not be computed again: `resumed` lets the layers before
+`start` pass the stream through untouched and puts the stream that another run left in front of layer `start`. Nothing
+after the final norm mixes tokens, so a metric that reads one token needs the logits of that token only: `narrowed`.
+
+For the time of the context, the skipped layers' places in the model's own list of layers are taken by `Skipped`, a
+module like any other. Whether a family can be run so (one whose late layers look at what early layers computed, besides
+the stream, cannot) is for the caller to find out, by comparing an unedited run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NAMES = ("hidden_states", "x", "hidden_state", "inputs", "input")
+
+
+class Skipped(nn.Module):
+    """Stands in the place of a layer and hands on its input, or `stream` [batch, pos, d_model], in the layer's form.
+
+    Args:
+        layer: the layer that is skipped; what else the model asks of it (its kind of attention, ...), it still answers.
+        form: how many values the layer returns; 0 for a bare tensor.
+        stream: what to hand on in the place of the input.
+    """
+
+    def __init__(self, layer: nn.Module, form: int, stream: Tensor | None = None) -> None:
+        super().__init__()
+        self.layer, self.form = layer, form
+        object.__setattr__(self, "stream", stream)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stream = self.stream
+        if stream is None:
+            stream = args[0] if args else next(kwargs[n] for n in _NAMES if n in kwargs)
+        return stream if not self.form else (stream, *[None] * (self.form - 1))
+
+
+@contextmanager
+def resumed(layers: nn.ModuleList, start: int, stream: Tensor, forms: list[int]) -> Iterator[None]:
+    """Skips the layers before `start`; layer `start` is given `stream` [batch, pos, d_model]."""
+    kept = list(layers[:start])
+    try:
+        for i, layer in enumerate(kept):
+            layers[i] = Skipped(layer, forms[i], stream if i == start - 1 else None)
+        yield
+    finally:
+        for i, layer in enumerate(kept):
+            layers[i] = layer
+
+
+@contextmanager
+def forms(layers: nn.ModuleList) -> Iterator[list[int]]:
+    """Notes, for each layer that runs inside, how many values it returns (0: a bare tensor)."""
+    found = [0] * len(layers)
+
+    def note(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[index] = len(output) if isinstance(output, tuple) else 0
+
+        return hook
+
+    handles = [layer.register_forward_hook(note(i)) for i, layer in enumerate(layers)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def narrowed(hf: Any, columns: Tensor) -> Iterator[None]:
+    """Logits at one column per row only: they come out as [batch, 1, vocab]. `columns` [batch]."""
+    head = hf.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        hidden = args[0]
+        return hidden[torch.arange(len(hidden), device=hidden.device), columns.to(hidden.device)][:, None], *args[1:]
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
