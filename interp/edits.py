@@ -44,7 +44,8 @@ class Where:
         position: place of each token among its row's real tokens [batch, pos].
         mask: the tokens that this edit may change [batch, pos].
         pos_axis: the axis of the activation that runs over tokens.
-        inputs: at a module's output, the arguments by position that the module was given; else empty.
+        inputs: at a module's output, the arguments by position that the module was given; at a routed site, the chosen
+            experts [batch, pos, slot]; else empty.
     """
 
     site: str

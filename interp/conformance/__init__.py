@@ -11,7 +11,8 @@ Each identity is an oracle that does not go through the code it tests:
     experts     sum over slots of weight x out = what the experts module returned
     surgery     zeroing a head, neuron, expert or shared expert = zeroing the weights that read it
     twins       scaling q = scaling k;  scaling v = scaling z;  adding to resid_pre[l+1] = adding to resid_post[l]
-    router      pushing one expert's logit up puts it into every token's choice; pushing it down takes it out
+    router      pushing one expert's logit up puts it into every token's choice; pushing it down takes it out; -inf and
+                +inf do so whatever biases and groups say
     factors     Monet: g = softmax of the surviving key logits;  sum of weight x single expert = mlp_out;  masking an
                 expert takes out its weight x output
     parts       Monet: zeroing a key = masking its row or column;  zeroing a part's neurons = zeroing the weights that

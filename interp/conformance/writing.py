@@ -181,3 +181,10 @@ def router(b: Bench) -> Iterator[Result]:
                     ),
                 )
         yield changed, 0.0, f"router_logits[{layer}] decides"
+        for word, share in ((-torch.inf, 0.0), (torch.inf, 1.0)):  # not there; chosen for sure
+            expert = int(b.acts[site].flatten()[0])
+            with b.m.intervene(edits.replace(f"router_logits[{layer}, expert={expert}]", word)):
+                ids = b.m.capture(b.ids, site)[site]
+            found = float((ids == expert).any(-1).float().mean())
+            note = f"logit {word} on expert {expert} of layer {layer}: chosen by {found:.0%}"
+            yield found == share, abs(found - share), note

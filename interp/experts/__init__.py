@@ -14,7 +14,7 @@ MLP neurons of a dense model, so that the three can be compared (`interp.experts
 
 from __future__ import annotations
 
-from interp.experts.ablate import Ablation, ablate
+from interp.experts.ablate import MODES, Ablation, ablate
 from interp.experts.bake import resect
 from interp.experts.balance import load, saturation
 from interp.experts.batches import Corpus, corpus
@@ -24,6 +24,8 @@ from interp.experts.controls import matched
 from interp.experts.evaluate import evaluate, switched_off
 from interp.experts.examples import examples
 from interp.experts.losses import Losses, losses
+from interp.experts.reference import Means, mean_outputs
+from interp.experts.replay import replay
 from interp.experts.resection import at_damage, frontier, matrix, remove_each, summary
 from interp.experts.scores import auroc, correlation, lift, skew
 from interp.experts.select import RULES, select
@@ -33,12 +35,14 @@ from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError, units_of
 
 __all__ = [
+    "MODES",
     "RULES",
     "Ablation",
     "Corpus",
     "ExpertError",
     "ExpertSet",
     "Losses",
+    "Means",
     "RoutingStats",
     "ablate",
     "at_damage",
@@ -54,7 +58,9 @@ __all__ = [
     "losses",
     "matched",
     "matrix",
+    "mean_outputs",
     "remove_each",
+    "replay",
     "resect",
     "routing",
     "saturation",

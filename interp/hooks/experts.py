@@ -57,11 +57,20 @@ def _mix(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, *args:
         ids = taps["expert_ids"](ids.unflatten(0, frame)).flatten(0, 1)
     chosen = ids.unflatten(0, frame)
     if "expert_weight" in taps:
-        weights = taps["expert_weight"](weights.unflatten(0, frame), chosen).flatten(0, 1)
+        weights = by_choice(taps["expert_weight"], weights.unflatten(0, frame), chosen).flatten(0, 1)
     if not taps.keys() & {"expert_hidden", "expert_out"}:
         return delegate(module)(module, hidden, ids, weights, *args, **kwargs)
     rows = by_expert(module, hidden, ids, weights, taps, frame)
     return rows.to(hidden.dtype)
+
+
+def by_choice(tap: Tap, h: Tensor, chosen: Tensor) -> Tensor:
+    """A tap on routed rows [batch, pos, slot, ...]; an edit finds the `chosen` experts in ``where.inputs``."""
+    tap.inputs = (chosen,)
+    try:
+        return tap(h, chosen)
+    finally:
+        tap.inputs = ()
 
 
 def by_expert(
@@ -79,7 +88,7 @@ def by_expert(
         if name not in taps:
             return rows
         seen = rows[back].unflatten(0, (*frame, slots))
-        given = taps[name](seen, chosen)
+        given = by_choice(taps[name], seen, chosen)
         return rows if given is seen and not given.requires_grad else given.flatten(0, 2)[order]
 
     neurons = through(

@@ -1,11 +1,10 @@
 """Arithmetic that no interface shows: reading and writing it with torch's own TorchFunctionMode.
 
-Two things happen inside a module's forward with nothing at a boundary: the router's logits (most routers return them
-*after* choosing, so a changed return value would change nothing), and the attention of a few older families that write
-it out by hand (BLOOM, MPT, Falcon, GPT-J, ...). While such a module runs, every torch function it calls passes by here;
-we know each by its place in the formula:
+Two things happen inside a module's forward with nothing at a boundary: the router's logits and the choice by them
+(`interp.hooks.choice`), and the attention of a few older families that write it out by hand (BLOOM, MPT, Falcon, GPT-J,
+...). While such a module runs, every torch function it calls passes by here; we know each by its place in the formula:
 
-    router:     the first linear map onto n_experts columns                          -> router_logits
+    router:     the first linear map onto n_experts columns -> topk                  -> router_logits
     attention:  matmul(q, kᵀ) -> ... -> softmax -> ... -> matmul(pattern, v)          -> q, k, pattern, v, z
 
 The mode is on only while that module runs, in that thread only.
@@ -24,24 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from interp.hooks.tap import Tap
 
-_LINEAR = {nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.addmm}
+LINEAR = {nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.addmm}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm}
 _SOFTMAX = {nn.functional.softmax, torch.softmax, Tensor.softmax}
-
-
-class RouterMode(TorchFunctionMode):
-    """Taps the router's logits [token, expert] where they are made, before anything is chosen by them."""
-
-    def __init__(self, tap: Tap, n_experts: int) -> None:
-        super().__init__()
-        self.tap, self.n_experts, self.done = tap, n_experts, False
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not self.done and func in _LINEAR and isinstance(out, Tensor) and out.shape[-1] == self.n_experts:
-            self.done = True
-            return self.tap.framed(out)
-        return out
 
 
 class PatternMode(TorchFunctionMode):

@@ -77,9 +77,14 @@ def find_router(layer: Layer, experts: nn.Module, n_experts: int) -> Place | Non
             if name is None or id(module) in inside or any(SHARED.match(part) for part in name.split(".")):
                 continue
             if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == n_experts:
-                plain = type(module).forward is nn.Linear.forward
-                return Place("output" if plain else "router", module)
+                return _place(module, home)
     return _wider_router(layer, experts, n_experts)
+
+
+def _place(router: nn.Module, block: nn.Module) -> Place:
+    """A plain linear is read at its output, and chosen by in the block around it; other routers do both themselves."""
+    plain = type(router).forward is nn.Linear.forward
+    return Place("output", router, other=block) if plain else Place("router", router)
 
 
 def _wider_router(layer: Layer, experts: nn.Module, n_experts: int) -> Place | None:
@@ -93,8 +98,7 @@ def _wider_router(layer: Layer, experts: nn.Module, n_experts: int) -> Place | N
             ]
             rows = _rows(linears[-1]) if linears else 0
             if n_experts < rows <= 2 * n_experts:
-                plain = type(linears[-1]).forward is nn.Linear.forward
-                return Place("output" if plain else "router", linears[-1])
+                return _place(linears[-1], layer.module)
     return None
 
 

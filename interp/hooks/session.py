@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from interp.hooks import attention, experts, functions, modules, undecorated
+from interp.hooks import attention, choice, experts, functions, modules, undecorated
 from interp.hooks.anatomy import Anatomy
 from interp.hooks.tap import Clock, Tap
 from interp.sites import Site
@@ -43,9 +43,10 @@ def install(hf: nn.Module, anatomy: Anatomy, taps: dict[Site, Tap], clock: Clock
                 routed.setdefault(place.module, {})[site.name] = tap
             elif place.how == "undecorated":
                 recomputed.setdefault(place.module, {})[site.name] = tap
-            elif place.how == "router":
+            elif site.name == "router_logits":
                 size = anatomy.sizes[site.name, site.layer]["expert"]
-                stack.callback(functions.Watched(place.module, _router(tap, size)).remove)
+                for handle in choice.place_tap(place, tap, size, modules.place_tap):
+                    stack.callback(handle.remove)
             else:
                 for handle in modules.place_tap(place, tap):
                     stack.callback(handle.remove)
@@ -61,10 +62,6 @@ def install(hf: nn.Module, anatomy: Anatomy, taps: dict[Site, Tap], clock: Clock
         if routed:
             stack.enter_context(experts.tapped(hf, routed))
         yield
-
-
-def _router(tap: Tap, n_experts: int) -> Any:
-    return lambda: functions.RouterMode(tap, n_experts)
 
 
 def _attention(taps: dict[str, Tap], heads: int) -> Any:

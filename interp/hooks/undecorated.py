@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from interp.hooks.anatomy import Anatomy, Place
+from interp.hooks.experts import by_choice
 from interp.hooks.tap import Tap
 
 
@@ -103,19 +104,19 @@ def read(anatomy: Anatomy, index: int, layer: nn.Module, module: Any) -> None:
             module.router.layer,
             module.router.top_k,
         )
-        ids: Place | None = None
+        block: nn.Module = module
     else:
         adapter = _CALLED[type(module).__name__]
         n, width = adapter.experts(module), adapter.width(module)
         block = next(m for m in layer.modules() if any(child is module for child in m.children()))
         gate: Any = getattr(block, "router", None) or block.gate
         slots = getattr(block, "top_k", None) or gate.top_k
-        router, ids = getattr(gate, "layer", gate), Place("undecorated", module)
+        router = getattr(gate, "layer", gate)
     plain = type(router).forward is nn.Linear.forward
-    anatomy.put("router_logits", index, Place("output" if plain else "router", router), expert=n)
+    scored = Place("output", router, other=block) if plain else Place("router", router)
+    anatomy.put("router_logits", index, scored, expert=n)
     reading = Place("undecorated", module)
-    anatomy.put("expert_ids", index, ids or reading, expert=n, slot=slots)
-    for name in ("expert_weight", "expert_hidden", "expert_out"):
+    for name in ("expert_ids", "expert_weight", "expert_hidden", "expert_out"):
         anatomy.put(
             name, index, reading, expert=n, slot=slots, **({"neuron": width} if name == "expert_hidden" else {})
         )
@@ -137,7 +138,7 @@ def _called_taps(module: Any, taps: dict[str, Tap]) -> list[Any]:
             chosen = taps["expert_ids"](chosen)
         scales = weights.reshape(chosen.shape)
         if "expert_weight" in taps:
-            scales = taps["expert_weight"](scales, chosen)
+            scales = by_choice(taps["expert_weight"], scales, chosen)
         inputs[:] = [(hidden, chosen, scales)]
         return (hidden, chosen.reshape(ids.shape), scales.reshape(weights.shape), *args[3:])
 
@@ -162,13 +163,13 @@ def _recompute(module: Any, hidden: Tensor, chosen: Tensor, scales: Tensor, taps
         neurons = neurons.index_copy(0, where[e], adapter.up(module, e, rows[where[e]]))
     neurons = neurons.unflatten(0, chosen.shape)
     if "expert_hidden" in taps:
-        neurons = taps["expert_hidden"](neurons, chosen)
+        neurons = by_choice(taps["expert_hidden"], neurons, chosen)
     out = rows  # experts past the last real one are LongCat's identities
     for e in real:
         out = out.index_copy(0, where[e], adapter.down(module, e, neurons.flatten(0, 2)[where[e]]))
     out = out.unflatten(0, chosen.shape)
     if "expert_out" in taps:
-        out = taps["expert_out"](out, chosen)
+        out = by_choice(taps["expert_out"], out, chosen)
     return (out * scales[..., None]).sum(-2)
 
 
@@ -195,19 +196,23 @@ def _jetmoe_taps(module: Any, taps: dict[str, Tap]) -> list[Any]:
         owners = torch.arange(len(sizes), device=order.device).repeat_interleave(
             torch.tensor(sizes, device=order.device)
         )
-        now["chosen"] = shown(owners)
-        if "expert_ids" in taps and taps["expert_ids"](now["chosen"]) is not now["chosen"]:
-            raise ValueError("expert_ids of JetMoE can be read, not written; write router_logits instead")
-        if "expert_weight" not in taps:
-            return None
-        given = taps["expert_weight"](shown(gates), now["chosen"])
-        return order, batch_index, given.flatten()[order], sizes, logits
+        chosen, weights = shown(owners), shown(gates)
+        if "expert_ids" in taps and (given := taps["expert_ids"](chosen)) is not chosen:
+            chosen, order = given, given.flatten().argsort(stable=True)  # other experts: the rows are sorted anew
+            now["order"], now["back"] = order, order.argsort()
+            batch_index = order // chosen.shape[-1]
+            sizes = torch.bincount(chosen.flatten(), minlength=len(sizes)).tolist()
+        now["chosen"] = chosen
+        if "expert_weight" in taps:
+            weights = by_choice(taps["expert_weight"], weights, chosen)
+        return order, batch_index, weights.flatten()[order], sizes, logits
 
     def neurons(mod: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (taps["expert_hidden"](shown(args[0]), now["chosen"]).flatten(0, 2)[now["order"]], *args[1:])
+        given = by_choice(taps["expert_hidden"], shown(args[0]), now["chosen"])
+        return (given.flatten(0, 2)[now["order"]], *args[1:])
 
     def outputs(mod: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return taps["expert_out"](shown(output), now["chosen"]).flatten(0, 2)[now["order"]]
+        return by_choice(taps["expert_out"], shown(output), now["chosen"]).flatten(0, 2)[now["order"]]
 
     handles = [module.router.register_forward_hook(routed)]
     if "expert_hidden" in taps:
