@@ -1,0 +1,39 @@
+"""Patching: which heads, neurons, positions and experts carry a behaviour, exactly and by gradients.
+
+table = patching.patch(m, clean, corrupt, metric, "z[*]")                       exact, batched
+table = patching.attribute(m, clean, corrupt, metric, "z[*]", method="atp*")    estimated, one row per node too
+card  = patching.report_card(m, clean, corrupt, metric, "z[*]")                 how far to trust the estimates here
+cert  = patching.certify(m, clean, corrupt, metric, table, threshold=0.5)       what the estimates may have missed
+pairs = patching.builders.ioi(m)                                                prompt pairs, alignment checked
+"""
+
+# Not lazily: some functions have the name of their module, and the function must be what `patching.patch` is.
+from interp.patching import builders, circuits, pairs
+from interp.patching.certify import Certificate, certify
+from interp.patching.circuits import Circuit
+from interp.patching.edges import attribute_edges
+from interp.patching.graph import Graph
+from interp.patching.nodes import Node, expand, window
+from interp.patching.pairs import Pairs
+from interp.patching.patch import patch
+from interp.patching.paths import path_patch
+from interp.patching.runs import Patcher, effects
+
+__all__ = [
+    "Certificate",
+    "Circuit",
+    "Graph",
+    "Node",
+    "Pairs",
+    "Patcher",
+    "attribute_edges",
+    "builders",
+    "certify",
+    "circuits",
+    "effects",
+    "expand",
+    "pairs",
+    "patch",
+    "path_patch",
+    "window",
+]
