@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from steering import pairs as _pairs
-from steering.reading import At, read, sites_at, token_mean
+from steering.reading import At, read_pairs, sites_at, token_mean
 from steering.vector import AFTER_PROMPT, SteeringVector
 
 
@@ -47,14 +47,12 @@ def caa(
     Raises SteeringError for malformed pairs and for pairs with equal sides; SiteError for a layer out of range.
     """
     triples = _pairs.check(pairs)
-    positive, negative = _pairs.sides(m, triples, chat=chat, system=system)
     sites = sites_at(m, layer, site)
-    n = len(triples)
-    both = read(m, [*positive, *negative], sites, at, batch_tokens)
-    record = {"at": at, "chat": chat, "system": system, "pairs": n}
+    both = read_pairs(m, triples, sites, at, chat=chat, system=system, batch_tokens=batch_tokens)
+    record = {"at": at, "chat": chat, "system": system, "pairs": len(triples)}
     return SteeringVector.of(
         m,
-        {s: rows[:n].mean(0) - rows[n:].mean(0) for s, rows in both.items()},
+        {s: positive.mean(0) - negative.mean(0) for s, (positive, negative) in both.items()},
         method="caa",
         scope=scope,
         record=record,

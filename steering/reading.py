@@ -24,7 +24,7 @@ from torch import Tensor
 
 from interp.sites import Site
 from steering.errors import SteeringError
-from steering.pairs import Passage
+from steering.pairs import Passage, sides
 
 At = str | int | Sequence[int]
 WORDS = ("last", "prompt_end", "answer", "answer_start", "all")
@@ -106,6 +106,16 @@ def read(
                 out[site] = got.new_zeros(len(passages), *got.shape[1:])
             out[site][torch.tensor(rows)] = got
     return out if isinstance(at, Sequence) and not isinstance(at, str) else {s: v[:, 0] for s, v in out.items()}
+
+
+def read_pairs(
+    m: Any, pairs: Any, sites: Sequence[str], at: At = "last", *, chat: bool = False, system: str | None = None,
+    batch_tokens: int = 4096,
+) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Activations of both sides of contrast pairs: site -> (positive [pair, ...], negative [pair, ...])."""
+    positive, negative = sides(m, pairs, chat=chat, system=system)
+    got = read(m, [*positive, *negative], sites, at, batch_tokens)
+    return {site: (rows[: len(positive)], rows[len(positive) :]) for site, rows in got.items()}
 
 
 def each_token(

@@ -144,6 +144,10 @@ class SteeringMap:
             raise SteeringError(f"only{layers}: there are parts in layers {self.layers}")
         return replace(self, parts=kept)
 
+    def changed(self, change: Callable[[Part], dict[str, Any]]) -> Self:
+        """The same with some fields of each part replaced (``map``, ``scope``, ``gate``)."""
+        return self._each(lambda p: replace(p, **change(p)))
+
     def _each(self, change: Callable[[Part], Part]) -> Self:
         return replace(self, parts=tuple(change(p) for p in self.parts))
 

@@ -29,7 +29,9 @@ class Planted:
             table = self.m.hf.model.embed_tokens.weight
             noise = torch.randn(30, 32, generator=g)
             noise -= (noise @ self.direction)[:, None] * self.direction
-            common = offset * torch.nn.functional.normalize(torch.randn(32, generator=g), dim=0)
+            self.common = torch.nn.functional.normalize(torch.randn(32, generator=g), dim=0)
+            self.common -= (self.common @ self.direction) * self.direction
+            common = offset * self.common
             table[10:40] = noise + common
             table[40:70] = noise + common + self.direction
             table[70:100] = noise + common - self.direction
@@ -58,3 +60,15 @@ def planted() -> Planted:
 def planted_offset() -> Planted:
     """The same with a large offset that all tokens share."""
     return Planted(offset=30.0)
+
+
+@pytest.fixture
+def refusing() -> Planted:
+    """Answers token 5 where the last token has the direction, and token 6, which all embeddings call for, elsewhere."""
+    made = Planted(offset=3.0)
+    with torch.no_grad():
+        head = made.m.hf.lm_head.weight
+        head.zero_()
+        head[5], head[6] = 20 * made.direction, 4 * made.common
+        made.m.hf.model.norm.weight.fill_(1.0)
+    return made
