@@ -11,8 +11,16 @@ perhaps a gate. So every fit meets every schedule, report, export and weight edi
 
 from __future__ import annotations
 
+from steering.bake import bake
+from steering.baselines import random_like, shuffled
+from steering.budget import budget, compare
+from steering.dac import Composed, dac
+from steering.damage import choices, fluency, neutral
 from steering.disk import load
+from steering.east import action_entropy, east
 from steering.errors import SteeringError
+from steering.evaluate import evaluate, summarise, verdict
+from steering.ext_sub import ext_sub
 from steering.fit_actadd import actadd
 from steering.fit_affine import Nearer, affine, affine_map
 from steering.fit_angular import angular
@@ -28,27 +36,51 @@ from steering.fit_refusal import Refusal, directional_ablation, projections, ref
 from steering.fit_reversal import reversal, reversed_generation
 from steering.fit_sae import largest_activation, sae_latent
 from steering.fit_transport import act, transport_map
+from steering.gates import Condition, conditional, find_condition
+from steering.lettered import ab
+from steering.pres import pres
+from steering.propensity import propensities, slopes
+from steering.schedules import between, scheduled
+from steering.surgery import behaviour_probe, surgery
+from steering.sweep import sweep
 from steering.vector import AFTER_PROMPT, Part, SteeringMap, SteeringVector, equalise
 
 __all__ = [
     "AFTER_PROMPT",
+    "Composed",
     "Conceptor",
+    "Condition",
     "Nearer",
     "Part",
     "Refusal",
     "SteeringError",
     "SteeringMap",
     "SteeringVector",
+    "ab",
     "act",
     "actadd",
+    "action_entropy",
     "affine",
     "affine_map",
     "angular",
+    "bake",
+    "behaviour_probe",
+    "between",
+    "budget",
     "caa",
+    "choices",
+    "compare",
     "conceptor",
     "conceptor_map",
+    "conditional",
+    "dac",
     "directional_ablation",
+    "east",
     "equalise",
+    "evaluate",
+    "ext_sub",
+    "find_condition",
+    "fluency",
     "function_vector",
     "iti",
     "largest_activation",
@@ -58,17 +90,28 @@ __all__ = [
     "load",
     "mean_centre",
     "mote",
+    "neutral",
     "operator",
     "pas",
     "pca",
+    "pres",
     "probe",
     "probe_edit",
     "projections",
+    "propensities",
+    "random_like",
     "refusal",
     "reversal",
     "reversed_generation",
     "sae_latent",
+    "scheduled",
+    "shuffled",
+    "slopes",
     "steermoe",
+    "summarise",
+    "surgery",
+    "sweep",
     "transport_map",
+    "verdict",
     "without",
 ]
