@@ -82,10 +82,16 @@ def _minimise(gram: Tensor, q: Tensor, strength: Tensor, v: Tensor) -> Tensor:
 
 
 def reachable(weight: Tensor, target: int) -> bool:
-    """Is there a direction in which `target`'s logit outgrows every other's? If not, some goals are reached nowhere."""
+    """Is there a direction in which `target`'s logit outgrows every other's, by a thousandth of the step at least?
+
+    If not (its row lies between the others'), some goals are reached nowhere, or only absurdly far away.
+    """
     from scipy.optimize import linprog
 
     others = [j for j in range(len(weight)) if j != target]
-    away = (weight[others] - weight[target]).double().numpy()
-    found = linprog([0.0] * away.shape[1], A_ub=away, b_ub=[-1.0] * len(others), bounds=(None, None))
-    return bool(found.status == 0)
+    away = torch.nn.functional.normalize(weight[others].double() - weight[target].double(), dim=1).numpy()
+    d = away.shape[1]
+    # the largest margin t with away . u <= -t, for u in the unit box
+    rows = [[*row, 1.0] for row in away]
+    found = linprog([0.0] * d + [-1.0], A_ub=rows, b_ub=[0.0] * len(others), bounds=[(-1, 1)] * d + [(None, 1)])
+    return bool(found.status == 0 and -found.fun > 1e-3)

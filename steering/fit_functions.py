@@ -9,16 +9,17 @@ Source: Todd et al. 2024 (arXiv:2310.15213), eq. 2-5.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from interp import edits
 from steering import pairs as _pairs
+from steering.continuation import log_likelihoods
 from steering.errors import SteeringError
 from steering.reading import one_site, read, sites_at, token_mean
-from steering.tasks import first_token, prompts, right
+from steering.tasks import TEMPLATE, Template, first_token, prompts, right
 from steering.vector import AFTER_PROMPT, SteeringVector
 
 
@@ -32,6 +33,8 @@ def function_vector(
     n: int = 100,
     trials: int = 25,
     background: Any = None,
+    corrupt: Literal["shuffled", "zero_shot"] = "shuffled",
+    template: Template = TEMPLATE,
     seed: int = 0,
     scope: Any = AFTER_PROMPT,
     batch_tokens: int = 2048,
@@ -57,6 +60,9 @@ def function_vector(
         trials: shuffled prompts for the effects.
         background: texts whose mean over all tokens is taken off each head's mean: mean-centring
             (Jorgensen et al. 2023, arXiv:2312.03813).
+        corrupt: what the effects are measured in: prompts with shuffled outputs, as in the paper, or without any shot
+            (for tasks that the outputs alone give away).
+        template: how an input is asked for (`steering.tasks`).
         seed: of the prompts.
         scope: to which tokens it is added.
         batch_tokens: tokens run at once.
@@ -65,13 +71,17 @@ def function_vector(
     """
     layer = round(m.n_layers / 3) if layer is None else layer
     place = one_site(m, layer)
-    items = prompts(examples, n, shots, seed=seed)
+    items = prompts(examples, n, shots, seed=seed, template=template)
     kept = [item for item, ok in zip(items, right(m, items), strict=True) if ok]
     if not kept:
         raise SteeringError(f"examples: {m.name} gets none of {n} prompts right, so it has no such task to read")
     means = head_means(m, kept, batch_tokens)
     if isinstance(heads, int):
-        table = effects(m, prompts(examples, trials, shots, shuffled=True, seed=seed + 1), means, batch_tokens)
+        if corrupt not in ("shuffled", "zero_shot"):
+            raise SteeringError(f"corrupt={corrupt!r}: expected 'shuffled' or 'zero_shot'")
+        bare = 0 if corrupt == "zero_shot" else shots
+        broken = prompts(examples, trials, bare, shuffled=True, seed=seed + 1, template=template)
+        table = effects(m, broken, means, batch_tokens)
         if not 1 <= heads <= len(table):
             raise SteeringError(f"heads={heads}: {m.name} has {len(table)}")
         chosen = sorted(table.items(), key=lambda x: -x[1])[:heads]
@@ -83,14 +93,14 @@ def function_vector(
     vector = written(m, means, [pair for pair, _ in chosen])
     record = {
         "heads": [[*pair, effect] for pair, effect in chosen], "shots": shots, "prompts": len(kept), "of": n,
-        "centred": background is not None, "seed": seed,
+        "centred": background is not None, "corrupt": corrupt, "seed": seed,
     }  # fmt: skip
     return SteeringVector.of(m, {place: vector}, method="function_vector", scope=scope, record=record)
 
 
 def layer_mean(
     m: Any, examples: Sequence[Any], layer: int | None = None, *, shots: int = 10, n: int = 100, background: Any = None,
-    seed: int = 0, scope: Any = AFTER_PROMPT, batch_tokens: int = 2048,
+    template: Template = TEMPLATE, seed: int = 0, scope: Any = AFTER_PROMPT, batch_tokens: int = 2048,
 ) -> SteeringVector:  # fmt: skip
     """The plain rival: the mean residual stream at the last token of the task's prompts, at one layer.
 
@@ -99,7 +109,7 @@ def layer_mean(
     """
     layer = round(m.n_layers / 3) if layer is None else layer
     place = one_site(m, layer)
-    rows = [_pairs.passage(m, p) for p, _ in prompts(examples, n, shots, seed=seed)]
+    rows = [_pairs.passage(m, p) for p, _ in prompts(examples, n, shots, seed=seed, template=template)]
     vector = read(m, rows, [place], "last", batch_tokens)[place].mean(0)
     if background is not None:
         passages = _pairs.texts(m, background, name="background")
@@ -118,8 +128,6 @@ def effects(
     m: Any, items: Sequence[tuple[str, str]], means: dict[str, Tensor], batch_tokens: int = 2048
 ) -> dict[tuple[int, int], float]:  # fmt: skip
     """Average indirect effect of each head: (layer, head) -> mean of p(answer | head set to its mean) - p(answer)."""
-    from steering.continuation import log_likelihoods
-
     runs: dict[Any, list[edits.Edit]] = {None: []}
     for site, mean in means.items():
         layer = m.resolve(site)[0].layer

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from interp.edits import Edit
+from steering.continuation import continued
 from steering.errors import SteeringError
 from steering.pairs import Passage, passage
 
@@ -31,14 +32,20 @@ def examples(given: Sequence[Any]) -> list[Example]:
     return out
 
 
-def question(query: str, shots: Sequence[Example] = ()) -> str:
-    """The prompt that asks for `query`'s output behind worked examples; it ends with "A:"."""
-    return "".join(f"Q: {x}\nA: {y}\n\n" for x, y in shots) + f"Q: {query}\nA:"
+#: How one input is asked for, what stands before its output, and what behind it.
+TEMPLATE = ("Q: {}\nA:", " ", "\n\n")
+Template = tuple[str, str, str]
+
+
+def question(query: str, shots: Sequence[Example] = (), template: Template = TEMPLATE) -> str:
+    """The prompt that asks for `query`'s output behind worked examples; in the usual template it ends with "A:"."""
+    ask, before, behind = template
+    return "".join(ask.format(x) + before + y + behind for x, y in shots) + ask.format(query)
 
 
 def prompts(
     given: Sequence[Any], n: int, shots: int = 10, *, shuffled: bool = False, seed: int = 0,
-    queries: Sequence[Any] | None = None,
+    queries: Sequence[Any] | None = None, template: Template = TEMPLATE,
 ) -> list[tuple[str, str]]:  # fmt: skip
     """`n` prompts with the right answer to each, of `shots` examples drawn anew for each prompt.
 
@@ -49,6 +56,7 @@ def prompts(
         shuffled: give the shots each other's outputs, so that they show the form but not the task.
         seed: of the draws.
         queries: ask for these instead, in turn; no query is among its own shots.
+        template: see `TEMPLATE`.
     """
     pool, rng, mixer = examples(given), random.Random(seed), random.Random(seed + 1)  # same draws, shuffled or not
     if len(pool) < shots + 1:
@@ -62,13 +70,14 @@ def prompts(
         outputs = [y for _, y in drawn]
         if shuffled:
             mixer.shuffle(outputs)
-        made.append((question(query[0], [(x, y) for (x, _), y in zip(drawn, outputs, strict=True)]), f" {query[1]}"))
+        worked = [(x, y) for (x, _), y in zip(drawn, outputs, strict=True)]
+        made.append((question(query[0], worked, template), template[1] + query[1]))
     return made
 
 
-def zero_shot(given: Sequence[Any]) -> list[tuple[str, str]]:
+def zero_shot(given: Sequence[Any], template: Template = TEMPLATE) -> list[tuple[str, str]]:
     """Each example's question without any shot, and its answer."""
-    return [(question(x), f" {y}") for x, y in examples(given)]
+    return [(question(x, (), template), template[1] + y) for x, y in examples(given)]
 
 
 def first_token(m: Any, items: Sequence[tuple[str, str]]) -> list[Passage]:
@@ -79,8 +88,6 @@ def first_token(m: Any, items: Sequence[tuple[str, str]]) -> list[Passage]:
 
 def right(m: Any, items: Sequence[tuple[str, str]], *edits: Edit, batch_tokens: int = 64) -> list[bool]:
     """For each (prompt, answer): is the answer's first token the likeliest next one, under `edits`?"""
-    from steering.continuation import continued
-
     passages = first_token(m, items)
     found = [False] * len(items)
     for part in continued(m, passages, {None: list(edits)}, batch_tokens=batch_tokens):

@@ -329,5 +329,13 @@ def equalise(vectors: list[SteeringVector]) -> list[SteeringVector]:
     return [v.with_norm(mean) for v in vectors]
 
 
+def cosines(vectors: Mapping[str, SteeringVector]) -> pd.DataFrame:
+    """Cosine of every vector with every other, as a square table with their names on both sides."""
+    import pandas as pd
+
+    rows = {a: {b: v.cosine(w) for b, w in vectors.items()} for a, v in vectors.items()}
+    return pd.DataFrame(rows).T.loc[list(vectors), list(vectors)]
+
+
 def _span(layers: list[int]) -> str:
     return f"{layers[0]}..{layers[-1]}" if layers else "none"
