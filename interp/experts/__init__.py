@@ -15,6 +15,7 @@ MLP neurons of a dense model, so that the three can be compared (`interp.experts
 from __future__ import annotations
 
 from interp.experts.ablate import MODES, Ablation, ablate
+from interp.experts.attribute import agreement, attribute
 from interp.experts.bake import resect
 from interp.experts.balance import load, saturation
 from interp.experts.batches import Corpus, corpus
@@ -24,6 +25,7 @@ from interp.experts.controls import matched
 from interp.experts.evaluate import evaluate, switched_off
 from interp.experts.examples import examples
 from interp.experts.losses import Losses, losses
+from interp.experts.partition import Partition, partition
 from interp.experts.reference import Means, mean_outputs
 from interp.experts.replay import replay
 from interp.experts.resection import at_damage, frontier, matrix, remove_each, summary
@@ -31,7 +33,10 @@ from interp.experts.scores import auroc, correlation, lift, skew
 from interp.experts.select import RULES, select
 from interp.experts.sets import ExpertSet
 from interp.experts.specialisation import specialisation
+from interp.experts.split import neurons, split
+from interp.experts.split_curve import split_curve
 from interp.experts.stats import RoutingStats
+from interp.experts.sweep import sweep
 from interp.experts.units import ExpertError, units_of
 
 __all__ = [
@@ -43,9 +48,12 @@ __all__ = [
     "ExpertSet",
     "Losses",
     "Means",
+    "Partition",
     "RoutingStats",
     "ablate",
+    "agreement",
     "at_damage",
+    "attribute",
     "auroc",
     "coactivation",
     "corpus",
@@ -59,6 +67,8 @@ __all__ = [
     "matched",
     "matrix",
     "mean_outputs",
+    "neurons",
+    "partition",
     "remove_each",
     "replay",
     "resect",
@@ -67,7 +77,10 @@ __all__ = [
     "select",
     "skew",
     "specialisation",
+    "split",
+    "split_curve",
     "summary",
+    "sweep",
     "switched_off",
     "units_of",
 ]

@@ -254,7 +254,7 @@ def _by_attribution(table: pd.DataFrame, label: str, rule: str, settings: dict[s
     beyond = bool(settings.get("beyond", True)) and wide.shape[1] > 1
     score = wide[label] - (wide.drop(columns=label).mean(axis=1) if beyond else 0.0)
     layers = sorted(score.index.get_level_values("layer").unique())
-    values = torch.stack([torch.from_numpy(score.loc[layer].sort_index().to_numpy(float)) for layer in layers])
+    values = torch.stack([torch.from_numpy(score.loc[layer].sort_index().to_numpy(float).copy()) for layer in layers])
     try:
         chosen = largest(values, **{k: v for k, v in settings.items() if k != "beyond"})
     except TypeError as error:
