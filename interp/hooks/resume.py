@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,3 +98,33 @@ def narrowed(hf: Any, columns: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@dataclass
+class Passes:
+    """Layers that ran forwards and backwards, each weighed by its rows."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+@contextmanager
+def counted(layers: nn.ModuleList) -> Iterator[Passes]:
+    """Counts what runs inside, in forward and backward passes of one row through all of `layers`."""
+    passes, each = Passes(), 1 / len(layers)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        stream = output[0] if isinstance(output, tuple) else output
+        passes.forward += each * len(stream)
+        if stream.requires_grad:
+            stream.register_hook(lambda g: note(len(g)))
+
+    def note(rows: int) -> None:
+        passes.backward += each * rows
+
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()

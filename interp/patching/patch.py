@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.patching.nodes import Node, Nodes, expand, frame
 from interp.patching.runs import Patcher
-from interp.patching.task import Direction
+from interp.patching.task import Direction, Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,25 +65,26 @@ def patch(
     patcher = Patcher(m, clean, corrupt, metric, direction, budget)
     wanted = expand(m, nodes, patcher.task.base.tokens, positions)
     values = patcher.effects([[node] for node in wanted])
-    rows = table(patcher, wanted, values, "exact")
+    rows = table(m, patcher.task, patcher.baseline, patcher.target, wanted, values, "exact")
     rows.attrs |= {"rows": patcher.rows, "forward_passes": patcher.passes, "shortcuts": dict(patcher.shortcuts)}
     return rows
 
 
-def table(patcher: Patcher, nodes: Sequence[Node], values: Tensor, method: str) -> pd.DataFrame:
-    """The Table of effects [node, pair], which every method of this package gives."""
+def table(
+    m: Model, task: Task, baseline: Tensor, target: Tensor, nodes: Sequence[Node], values: Tensor, method: str
+) -> pd.DataFrame:
+    """The Table of effects [node, pair], which every method of this package gives; `baseline`, `target` [pair]."""
     rows = frame(nodes)
     low, high = interval(values)
     rows["value"] = values.nanmean(1).double().numpy()
     rows["score"] = values.abs().nanmean(1).double().numpy()
     rows["low"], rows["high"] = low.numpy(), high.numpy()
-    task = patcher.task
     rows["metric"], rows["method"], rows["direction"] = task.metric.name, method, task.direction
-    base, source = patcher.baseline.mean().item(), patcher.target.mean().item()
+    base, source = baseline.mean().item(), target.mean().item()
     clean, corrupt = (source, base) if task.direction == "denoise" else (base, source)
     rows.attrs |= {
-        "model": patcher.m.name,
-        "fingerprint": patcher.m.fingerprint,
+        "model": m.name,
+        "fingerprint": m.fingerprint,
         "metric": task.metric.name,
         "method": method,
         "direction": task.direction,
@@ -91,7 +92,7 @@ def table(patcher: Patcher, nodes: Sequence[Node], values: Tensor, method: str) 
         "pairs": task.pairs,
         "sign": "metric of the patched run - metric of the unpatched run",
         "interval": f"{CONFIDENCE:.0%} bootstrap over pairs, {DRAWS} draws" if task.pairs > 1 else "none: one pair",
-        "dtype": str(patcher.m.dtype).removeprefix("torch."),
+        "dtype": str(m.dtype).removeprefix("torch."),
     }
     return rows
 

@@ -51,14 +51,14 @@ class Recorded:
         self.narrow = True
         first = torch.tensor([0], device=m.device)
         with resume.forms(m.anatomy.layers) as self.forms, Meter() as meter:
-            self._part(task.base, first, [])
+            self.part(task.base, first, [])
         self.row_bytes = int(MARGIN * meter.peak)
         self.require(0)
         self.logits = self.capture(task.base, [])[0]
         self.narrow = reads_last_only(task, self.logits)
         if not self.narrow:
             with Meter() as meter:
-                self._part(task.base, first, [])
+                self.part(task.base, first, [])
             self.row_bytes = int(MARGIN * meter.peak)
             self.require(3 * task.pairs * task.width * self.logits[0].nbytes)
             self.logits = self.capture(task.base, [])[0]
@@ -73,13 +73,14 @@ class Recorded:
         step = max(1, min(n, AT_ONCE[kind(self.m)] // self.task.width, self.budget // (2 * self.row_bytes)))
         parts: list[tuple[Tensor, Activations | None]] = []
         for pairs in torch.arange(n, device=self.m.device).split(step):
-            parts.append(self._part(run, pairs, sites))
+            parts.append(self.part(run, pairs, sites))
             if len(parts) == 1 and (acts := parts[0][1]) is not None:
                 self.require(self.nbytes + nbytes(acts.tensors) * n // len(pairs))
         acts = [part for _, part in parts if part is not None]
         return torch.cat([logits for logits, _ in parts]), _stacked(acts) if acts else None
 
-    def _part(self, run: Run, pairs: Tensor, sites: Sequence[Site]) -> tuple[Tensor, Activations | None]:
+    def part(self, run: Run, pairs: Tensor, sites: Sequence[Site]) -> tuple[Tensor, Activations | None]:
+        """The same of some pairs [pair], at once."""
         tokens = Tokens(run.tokens.ids[pairs], run.tokens.mask[pairs])
         with ExitStack() as stack:
             stack.enter_context(self.m.using(Use(edits=given(run, pairs))))

@@ -11,7 +11,7 @@ The sum over slots is then exactly the sum with this one expert's weight (or wei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -173,10 +173,10 @@ class Given:
     site: Site
     value: Tensor
     pairs: Tensor
-    touched: list[Any] = field(default_factory=list)
 
     def __call__(self, h: Tensor, clock: Any, ids: Tensor | None = None, inputs: Any = ()) -> Tensor:
-        return self.value[self.pairs, self.value.shape[1] - h.shape[1] :].to(h.dtype)
+        value = self.value[self.pairs, self.value.shape[1] - h.shape[1] :].to(h.dtype)
+        return value + 0 * h if h.requires_grad else value  # the graph begins at the embedding
 
 
 def writes(

@@ -1,0 +1,181 @@
+"""Attribution: every node's effect estimated from gradients, as a Table like that of exact patching.
+
+===============  ============================================================================  ======================
+method           estimate of a node's effect                                                   cost, forward passes
+===============  ============================================================================  ======================
+``atp``          (source - base) . gradient at the base run                                    3 + 1 backward
+``atp+qk``       queries, keys and router scores exactly through their softmax                 the same + 1
+``atp+graddrop``  |.| averaged over gradients with one layer's write taken out                 3 + (L + 1) / 2
+``atp*``         both: AtP* of Kramár et al., arXiv 2403.00745                                 the two together
+``ig``           gradients averaged over the middles of `steps` steps from the base run's      3 + 2 x steps
+                 embeddings to the source run's (EAP-IG: Hanna et al., arXiv 2403.17806)
+===============  ============================================================================  ======================
+
+The absolute value is taken per pair, inside the mean over pairs (eq. 5 of AtP*): a node that helps in half of the pairs
+and harms in the others is not one without effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from interp.activations import Activations
+from interp.hooks import resume
+from interp.patching import graddrop
+from interp.patching.gather import grouped
+from interp.patching.linear import Linear
+from interp.patching.memory import Meter, default_budget
+from interp.patching.nodes import Node, Nodes, expand
+from interp.patching.patch import table
+from interp.patching.recorded import AT_ONCE, Recorded, kind
+from interp.patching.task import Direction, PatchError, Task, without_flash
+from interp.sites import Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp.model import Model
+
+Method = Literal["atp", "atp+qk", "atp+graddrop", "atp*", "ig"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+def attribute(
+    m: Model,
+    clean: Any,
+    corrupt: Any,
+    metric: Any,
+    nodes: Nodes,
+    method: Method = "atp*",
+    direction: Direction = "denoise",
+    *,
+    positions: str | int | Sequence[int] = "each",
+    steps: int = 5,
+    budget: int | None = None,
+) -> pd.DataFrame:
+    """Estimates the effect of patching every node, all of them from a few passes.
+
+    Args:
+        m: the model.
+        clean: prompts, as for `patch`.
+        corrupt: their corrupt twins.
+        metric: a differentiable function of logits [pair, pos, vocab] -> [pair], or a Metric.
+        nodes: site patterns or nodes, as for `patch`.
+        method: see the table above.
+        direction: "denoise" or "noise", as for `patch`: gradients are taken at the run that is patched.
+        positions: as for `patch`.
+        steps: of "ig".
+        budget: bytes to stay within; decides how many pairs run at once.
+
+    Returns:
+        The columns of `patch`. ``value`` is the signed estimate (mean over pairs, by the whole gradient) and ``score``
+        what nodes are ranked by: the mean over pairs of the absolute estimate, for GradDrop of the average over its
+        gradients. ``.attrs["cost"]`` is what was run, in forward and backward passes of one pair, as counted;
+        ``.attrs["plain"]`` names the layers that a fix did not apply to, with the reason.
+
+    Raises PatchError where the metric has no gradient; otherwise as `patch`.
+    """
+    if method not in METHODS:
+        raise PatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    if steps < 1:
+        raise PatchError(f"steps={steps}: integrated gradients take at least one step")
+    task = Task.of(m, clean, corrupt, metric, direction)
+    wanted = expand(m, nodes, task.base.tokens, positions)
+    with without_flash(m) as switched, resume.counted(m.anatomy.layers) as passes:
+        with torch.no_grad():
+            recorded = Recorded(m, task, default_budget(m.device) if budget is None else budget)
+        work = Attribution(recorded, wanted, method, steps)
+        value, score = work.run()
+    _missing(value, wanted, task)
+    rows = table(m, task, recorded.baseline, recorded.target, wanted, value, method)
+    rows["score"] = score.where(value.isfinite(), torch.nan).nanmean(1).double().numpy()
+    pairs = task.pairs
+    rows.attrs |= {
+        "cost": {"forward": passes.forward / pairs, "backward": passes.backward / pairs},
+        "plain": work.notes,
+        **({"steps": steps} if method == "ig" else {}),
+        **({"attention": f"switched meanwhile: {switched}"} if switched else {}),
+    }
+    return rows
+
+
+class Attribution:
+    """One method over all pairs, as many at a time as the budget holds."""
+
+    def __init__(self, recorded: Recorded, nodes: Sequence[Node], method: str, steps: int) -> None:
+        self.recorded, self.nodes, self.method, self.steps = recorded, nodes, method, steps
+        self.m, self.task = recorded.m, recorded.task
+        self.groups = grouped(nodes, self.task.width, self.m.device)
+        self.layers = torch.tensor([min(-1 if s.layer is None else s.layer for s in n.sites) for n in nodes])
+        self.notes: dict[int, str] = {}
+        if method in ("atp+graddrop", "atp*"):
+            self.m.resolve([f"{name}[{i}]" for name in ("resid_pre", "resid_post") for i in range(self.m.n_layers)])
+            if any(n.others and len({s.layer for s in n.sites}) > 1 for n in nodes):
+                raise PatchError(
+                    f"method={method!r}: a window of layers has no layer of its own to leave out; use 'atp' or 'atp+qk'"
+                )
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Signed estimates and scores [node, pair]."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        pairs = torch.arange(self.task.pairs, device=self.m.device)
+        with Meter() as meter:
+            parts.append(self._some(pairs[:1]))
+        room = max(1, (self.recorded.budget - self.recorded.nbytes) // max(1, meter.peak))
+        step = max(1, min(room, AT_ONCE[kind(self.m)] // self.task.width))
+        if len(pairs) > 1:
+            parts += [self._some(some) for some in pairs[1:].split(step)]
+        value, score = (torch.cat([part[i] for part in parts], 1).cpu() for i in (0, 1))
+        return value, score
+
+    def _some(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        there = self._source(pairs)
+        if self.method == "ig":
+            return self._integrated(pairs, there)
+        fixes, drops = self.method in ("atp+qk", "atp*"), self.method in ("atp+graddrop", "atp*")
+        line = Linear(self.recorded, pairs, self.groups, there, fixes=fixes, streams=drops)
+        self.notes |= line.notes
+        full = line.gradient()
+        value = line.estimate(full, len(self.nodes))
+        if not drops:
+            return value, value.abs()
+        without = [(i, line.estimate(gradient, len(self.nodes))) for i, gradient in line.dropped(full)]
+        return value, graddrop.score(value, without, self.layers.to(value.device), self.m.n_layers)
+
+    def _integrated(self, pairs: Tensor, there: Activations) -> tuple[Tensor, Tensor]:
+        """Gradients at the middles of equal steps, averaged; the difference of activations is that of the two ends."""
+        here = self._capture(self.task.base, pairs)
+        a, b = here[Site("embed")], there[Site("embed")]
+        value = torch.zeros(len(self.nodes), len(pairs), device=self.m.device)
+        for step in range(self.steps):
+            middle = a + (step + 0.5) / self.steps * (b - a)
+            line = Linear(self.recorded, pairs, self.groups, there, embeds=middle, here=here)
+            value += line.estimate(line.gradient(), len(self.nodes)) / self.steps
+        return value, value.abs()
+
+    def _source(self, pairs: Tensor) -> Activations:
+        return self._capture(self.task.source, pairs)
+
+    def _capture(self, run: Any, pairs: Tensor) -> Activations:
+        """A run's activations at the nodes' sites (and embeddings) of some pairs."""
+        sites: set[Site] = {Site("embed")} if self.method == "ig" else set()
+        for g in self.groups:
+            if g.base.kind.routed:
+                sites |= {Site(n, g.base.layer) for n in ("expert_ids", "expert_weight", "expert_out")}
+            else:
+                sites.add(g.base)
+        with torch.no_grad():
+            acts = self.recorded.part(run, pairs, sorted(sites))[1]
+        assert acts is not None
+        return acts
+
+
+def _missing(value: Tensor, nodes: Sequence[Node], task: Task) -> None:
+    """A pair too short for a node's position has no effect there, not an effect of 0."""
+    lengths = task.lengths().cpu()
+    reach = torch.tensor([-1 if n.position is None else n.position for n in nodes])
+    value[reach[:, None] >= lengths[None]] = torch.nan
