@@ -14,8 +14,14 @@ comes out), `files` (on disk), `edits` (as interventions); `evaluate`, `dark` an
 from __future__ import annotations
 
 from interp.bridges.sae_lens import SAEError
-from interp.sae.autoencoder import SAE
+from interp.sae.autoencoder import ARCHITECTURES, SAE
+from interp.sae.dark import dark_matter
+from interp.sae.evaluate import evaluate, pareto, pareto_figure
+from interp.sae.files import from_sae_lens, load, pretrained, save
 from interp.sae.settings import DEFAULTS, Settings
 from interp.sae.train import train, train_many
 
-__all__ = ["DEFAULTS", "SAE", "SAEError", "Settings", "train", "train_many"]
+__all__ = [
+    "ARCHITECTURES", "DEFAULTS", "SAE", "SAEError", "Settings", "dark_matter", "evaluate", "from_sae_lens", "load",
+    "pareto", "pareto_figure", "pretrained", "save", "train", "train_many",
+]  # fmt: skip

@@ -132,14 +132,15 @@ def auxiliary(w: Weights, xc: Tensor, centre: Tensor | None, error: Tensor, stat
 
     |e - z_aux D|^2 / variance of e, with e frozen, without bias; 0 where nothing is dead (Gao et al., appendix A.2).
     """
-    assert s.dead_after is not None and s.k_aux is not None
+    assert s.dead_after is not None
+    assert s.k_aux is not None
     dead = (state.silent >= s.dead_after).nonzero().squeeze(1)
     if not len(dead):
         return error.new_zeros(())
     encoder, bias, decoder = w["encoder"][dead], w["b_enc"][dead], w["decoder"][dead]
     scale = None if norms is None else norms[dead]
     pick = (encoder, bias) if scale is None else (encoder * scale[:, None], bias * scale)
-    support, _ = top_k(xc, *(t.detach() for t in pick), min(s.k_aux, len(dead)))
+    support, _ = top_k(xc, pick[0].detach(), pick[1].detach(), min(s.k_aux, len(dead)))
     p = pre_activations(xc, centre, encoder, bias, support)  # |d| cancels: selected with it, decoded without
     left = decode(p, decoder, support) - error.detach()
     loss = left.square().sum(1).mean() / variance(error.detach())
@@ -258,7 +259,7 @@ class _Jump(torch.autograd.Function):
         return p * (p > threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         p, threshold = ctx.saved_tensors
         near = (p - threshold).abs() < ctx.width / 2
         return grad * (p > threshold), -grad * near * threshold / ctx.width, None
@@ -274,7 +275,7 @@ class _Count(torch.autograd.Function):
         return (p > threshold).to(p.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         p, threshold = ctx.saved_tensors
         near = (p - threshold).abs() < ctx.width / 2
         return None, -grad * near / ctx.width, None

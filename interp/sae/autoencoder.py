@@ -133,7 +133,7 @@ class SAE:
         trained = self.metadata.get("trained_as", self.arch)
         return f"SAE({trained} at {where or '?'}: {self.d_in} -> {self.d_sae} latents{f', k={self.k}' * bool(self.k)})"
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Any]:
         """Its weights by name."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
@@ -172,7 +172,8 @@ class SAE:
         return (support, values) if bool(fires.all()) else (support.where(fires), values[fires])
 
     def _magnitudes(self, linear: Tensor, ids: Tensor | slice = slice(None)) -> Tensor:
-        assert self.r_mag is not None and self.b_mag is not None
+        assert self.r_mag is not None
+        assert self.b_mag is not None
         return (linear * self.r_mag.exp()[ids] + self.b_mag[ids]).relu()
 
     def encode(self, x: Tensor) -> Tensor:

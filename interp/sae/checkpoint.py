@@ -83,7 +83,9 @@ def read(dir: str | os.PathLike[str], trainers: list[Trainer], source: Source) -
                 f"{place} was begun with other settings ({different}). Give the same to resume it, or another directory"
             )
     if about["source"] != source.identity:
-        raise SAEError(f"{place} was begun on other activations than {source.name}; give the same, or another directory")
+        raise SAEError(
+            f"{place} was begun on other activations than {source.name}; give the same, or another directory"
+        )
     for i, (run, t) in enumerate(zip(runs, trainers, strict=True)):
         _restore(t, run, {name.partition("/")[2]: v for name, v in found.items() if name.startswith(f"{i}/")})
     source.seek(about["cursor"], {n.partition("/")[2]: v for n, v in found.items() if n.startswith("source/")})

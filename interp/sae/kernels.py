@@ -108,8 +108,7 @@ def sampled(support: Support, x: Tensor, table: Tensor) -> Tensor:
     if x.device.type == "cpu" and torch.backends.mkl.is_available() and support.ids.numel():
         return _sampled_mkl(support, x, table)
     pieces = [
-        (x[r] * table[i]).sum(-1)
-        for r, i in zip(support.rows.split(_BLOCK), support.ids.split(_BLOCK), strict=True)
+        (x[r] * table[i]).sum(-1) for r, i in zip(support.rows.split(_BLOCK), support.ids.split(_BLOCK), strict=True)
     ]
     return torch.cat(pieces) if pieces else x.new_zeros(0)
 
@@ -140,14 +139,20 @@ def transposed(support: Support, values: Tensor, x: Tensor) -> Tensor:
 class _PreActivations(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, centre: Tensor | None, encoder: Tensor, bias: Tensor, support: Support, given: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        centre: Tensor | None,
+        encoder: Tensor,
+        bias: Tensor,
+        support: Support,
+        given: Tensor | None,
     ) -> Tensor:
         ctx.support = support
         ctx.save_for_backward(x, encoder)
         return sampled(support, x, encoder) + bias[support.ids] if given is None else given.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, encoder = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_encoder = transposed(ctx.support, grad, x) if needs[2] else None
@@ -183,7 +188,7 @@ class _Decode(torch.autograd.Function):
         return bag(values, support.ids, support.starts, decoder)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         values, decoder = ctx.saved_tensors
         grad = grad.contiguous()
         d_values = sampled(ctx.support, grad, decoder) if ctx.needs_input_grad[0] else None

@@ -80,8 +80,8 @@ def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float) -
 def batch_top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: float, guess: float = 0.0) -> Chosen:
     """The k * tokens largest positive pre-activations of the whole batch (Bussmann et al. 2024, arXiv:2412.06410).
 
-    `guess` is what the smallest of them was in recent batches (0: unknown). Only what exceeds a little less is collected; if that
-    proves to be too little, everything positive is: so a guess saves time and changes no result.
+    `guess` is what the smallest of them was in recent batches (0: unknown). Only what exceeds a little less is
+    collected; if that proves to be too little, everything positive is: a guess saves time and changes no result.
     """
     wanted = int(k * len(x))
     if guess <= 0:  # a few tokens tell about where it lies

@@ -154,7 +154,7 @@ def complete(s: Settings) -> Settings:
 
 
 def _widths(s: Settings) -> tuple[int, ...]:
-    widths = s.widths or tuple(w for w in (s.d_sae // 16, s.d_sae // 8, s.d_sae // 4, s.d_sae // 2) if w) + (s.d_sae,)
+    widths = s.widths or (*tuple(w for w in (s.d_sae // 16, s.d_sae // 8, s.d_sae // 4, s.d_sae // 2) if w), s.d_sae)
     if list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] != s.d_sae:
         raise SAEError(f"widths={list(widths)}: expected rising numbers of latents that end at d_sae={s.d_sae}")
     return tuple(widths)
@@ -164,5 +164,7 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
     """'k: 32 there, 64 here; ...' of all settings that differ; empty where none does."""
     keys = [*saved, *(key for key in wanted if key not in saved)]
     return "; ".join(
-        f"{key}: {saved.get(key)!r} there, {wanted.get(key)!r} here" for key in keys if saved.get(key) != wanted.get(key)
+        f"{key}: {saved.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in keys
+        if saved.get(key) != wanted.get(key)
     )

@@ -106,7 +106,9 @@ def tensors(given: Mapping[str, Tensor], seed: int) -> Indexed:
     digest = hashlib.sha256()
     for site, x in given.items():
         if x.dim() < 2 or not x.is_floating_point():
-            raise SAEError(f"source: expected floating point activations [row, d] at {site}, got {x.dtype} {list(x.shape)}")
+            raise SAEError(
+                f"source: expected floating point activations [row, d] at {site}, got {x.dtype} {list(x.shape)}"
+            )
         sample = x[:: max(1, len(x) // 64)].detach().cpu().double()
         digest.update(f"{site} {list(x.shape)} {sample.nan_to_num().sum(-1).tolist()}".encode())
     rows = next(iter(lengths.values()))

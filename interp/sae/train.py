@@ -106,8 +106,15 @@ def train_many(
     Args:
         source: as in `train`.
         runs: for each SAE what it is: ``site``, ``target``, ``arch``, ``d_sae``, ``k`` and other settings of `train`.
-        tokens, batch_size, seed, checkpoint, checkpoint_every, log_every, progress, device, live: as in `train`, the
-            same for all.
+        tokens: this and what follows as in `train`, the same for all.
+        batch_size: tokens per step.
+        seed: of weights and order.
+        checkpoint: directory to write to and to go on from.
+        checkpoint_every: steps.
+        log_every: steps.
+        progress: show a bar.
+        device: where to train.
+        live: options of a live model.
     """
     if not runs:
         raise SAEError("runs is empty; give at least one SAE to train")
@@ -136,7 +143,9 @@ def _plan(run: Mapping[str, Any], source: Any) -> tuple[tuple[str, ...], tuple[s
     site, target = options.pop("site", "resid_post[0]"), options.pop("target", None)
     unknown = [key for key in options if key not in _OPTIONS]
     if unknown:
-        raise SAEError(f"{unknown[0]}={options[unknown[0]]!r}: no such setting; there are {', '.join(sorted(_OPTIONS))}")
+        raise SAEError(
+            f"{unknown[0]}={options[unknown[0]]!r}: no such setting; there are {', '.join(sorted(_OPTIONS))}"
+        )
     options.setdefault("arch", "batchtopk")
     resolve = getattr(source[0], "resolve", None) if isinstance(source, tuple) and source else None
 

@@ -69,7 +69,9 @@ class Trainer:
         self.state = State(torch.zeros(settings.d_sae, dtype=torch.long, device=self.device))
         self.counts = Counts()
         self.rows: list[Row] = []
-        assert settings.lr is not None and settings.beta1 is not None and settings.eps is not None
+        assert settings.lr is not None
+        assert settings.beta1 is not None
+        assert settings.eps is not None
         self.optimizer = torch.optim.Adam(
             self.weights.values(), settings.lr, (settings.beta1, settings.beta2), settings.eps, fused=True
         )
@@ -199,7 +201,7 @@ class Trainer:
             "dead_latents": self.dead,
         }
         history = pd.DataFrame(self.rows)
-        history.attrs = dict(about)
+        history.attrs.update(about)
         return SAE(
             decoder, w["b_dec"] / self.scale_out, encoder, b_enc, arch,
             k=int(s.k) if arch in ("topk", "mp") and s.k is not None else None,

@@ -1,0 +1,63 @@
+"""Which entries are chosen: against torch.topk on the whole matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from interp.sae import select
+from interp.sae.kernels import Support, bag, decode, sampled, transposed
+
+
+@pytest.mark.parametrize(("width", "k"), [(40, 4), (512, 16), (512, 1), (513, 5), (64, 64)])
+def test_largest_are_the_largest(width: int, k: int) -> None:
+    p = torch.randn(33, width)
+    values, places = select.largest(p, k)
+    expected = p.topk(k)
+    assert torch.equal(values.sort(descending=True).values, expected.values)
+    assert torch.equal(p.gather(1, places), values)
+
+
+@pytest.mark.parametrize("guess", [0.0, 0.5, 1.9, 50.0], ids=["none", "low", "near", "far too high"])
+def test_batch_topk_does_not_depend_on_the_guess(guess: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "CHUNK", 50)  # several chunks, the last one smaller
+    x, encoder, bias = torch.randn(170, 9), torch.randn(30, 9), torch.randn(30)
+    p = (x @ encoder.T + bias).relu()
+    support, values = select.batch_top_k(x, encoder, bias, 2.5, guess)
+    least = p.flatten().topk(425).values[-1]
+    assert len(values) == 425
+    assert torch.allclose(support.scatter(values), p * (p >= least), atol=1e-5)
+    assert bool((support.rows.diff() >= 0).all())
+
+
+def test_fewer_positive_than_wanted_are_all_kept() -> None:
+    x, encoder = torch.randn(20, 4), torch.randn(6, 4)
+    support, values = select.batch_top_k(x, encoder, torch.full((6,), -2.0), 6)
+    assert torch.allclose(support.scatter(values), (x @ encoder.T - 2).relu(), atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_kernels_are_the_dense_products(share: float) -> None:
+    mask = torch.rand(50, 70) < share
+    mask[3] = False  # a token and a latent without entries
+    mask[:, 5] = False
+    rows, ids = mask.nonzero(as_tuple=True)
+    support = Support(rows, ids, 50, 70)
+    values, table, x = torch.randn(len(ids)), torch.randn(70, 8), torch.randn(50, 8)
+    code = support.scatter(values)
+    assert torch.allclose(bag(values, ids, support.starts, table), code @ table, atol=1e-4)
+    assert torch.allclose(decode(values, table, support), code @ table, atol=1e-4)
+    assert torch.allclose(transposed(support, values, x), code.T @ x, atol=1e-4)
+    assert torch.allclose(sampled(support, x, table), (x @ table.T)[mask], atol=1e-4)
+    assert torch.equal(Support.flat(mask.flatten().nonzero().squeeze(1), 50, 70).ids, ids)
+
+
+def test_nothing_fires() -> None:
+    support, values = select.above(torch.randn(5, 3), torch.randn(4, 3), torch.full((4,), -100.0), 0.0)
+    assert len(values) == 0
+    table = torch.randn(4, 3, requires_grad=True)
+    out = decode(values, table, support)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros(5, 3))
+    assert table.grad is not None
+    assert not bool(table.grad.any())
