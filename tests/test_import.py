@@ -98,3 +98,9 @@ def test_version_is_the_distributions():
     from importlib.metadata import version
 
     assert version("interp") == interp.__version__
+
+
+@pytest.mark.parametrize("package", ["probes", "steering"])
+def test_the_packages_beside_load_their_libraries_when_used(package):
+    code = f"import {package}, sys; print([m for m in {HEAVY} if m in sys.modules])"
+    assert in_fresh_python(code).strip() == "[]"

@@ -1,0 +1,197 @@
+"""Linear probes: difference of means, LDA, logistic, ridge, nearest class mean, and k-sparse ones.
+
+    p = LinearProbe(C=0.1).fit(X, y)              X [sample, feature], y [sample]
+    p.score(X_test, y_test); p.direction_         accuracy; where in the activation the label lies
+
+They differ in what they assume. Difference of means ignores how features vary together and so finds the direction that
+*causes* best when added (Marks & Tegmark 2023, arXiv:2310.06824); LDA whitens it; logistic and ridge take whatever
+predicts, correlated features included (Belinkov 2022, arXiv:2102.12452).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from probes.base import Linear
+from probes.errors import ProbeError
+from probes.logistic import minimise
+
+
+def _scale(X: np.ndarray, standardize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature; 1 where a feature never changes or is not to be scaled."""
+    centre = X.mean(0, dtype=np.float64)
+    if not standardize:
+        return centre, np.ones(X.shape[1])
+    deviation = X.std(0, dtype=np.float64)
+    deviation[deviation < 1e-10 * max(float(deviation.max()), 1e-30)] = 1.0
+    deviation[deviation == 0] = 1.0
+    return centre, deviation
+
+
+class LinearProbe(Linear):
+    """Logistic regression: two classes or more.
+
+    Args:
+        C: inverse strength of the L2 penalty, as in scikit-learn's LogisticRegression, whose minimum this is.
+        standardize: scale each feature to unit variance for the penalty; folded into `coef_` afterwards. Without it,
+            the penalty spares the few large dimensions that residual streams have.
+        tol, max_iter: of the minimisation, see `probes.logistic`.
+
+    Attributes:
+        coef_ [class or 1, feature], intercept_ [class or 1], classes_, n_iter_ (passes over the data).
+
+    Raises ProbeError for one class only or labels of the wrong length; warns where there are fewer samples than
+    features.
+    """
+
+    def __init__(self, C: float = 1.0, standardize: bool = True, tol: float = 1e-5, max_iter: int = 200) -> None:
+        self.C = C
+        self.standardize = standardize
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def fit(self, X: Any, y: Any) -> LinearProbe:
+        X, numbers = self._data(X, y)
+        if not self.C > 0:
+            raise ProbeError(f"C={self.C!r}: the inverse penalty must be positive")
+        centre, deviation = _scale(X, self.standardize)
+        # Centring before the product keeps float32 exact where a feature's mean dwarfs its spread.
+        x = torch.from_numpy(np.ascontiguousarray((X - centre.astype(X.dtype)) / deviation.astype(X.dtype)))
+        found = minimise(
+            x, torch.from_numpy(numbers), len(self.classes_), self.C, tol=self.tol, max_iter=self.max_iter
+        )  # fmt: skip
+        weight = found.weight.numpy() / deviation
+        self.n_iter_ = found.passes
+        self._set(weight, found.bias.numpy() - weight @ centre, X.dtype)
+        return self
+
+
+class MeanDifference(Linear):
+    """The difference of the class means, threshold halfway; with more classes, each against the others' mean.
+
+    ``coef_ = mu_1 - mu_0``: the same vector that mean-difference steering adds. Source: Marks & Tegmark 2023, section
+    4.
+    """
+
+    def fit(self, X: Any, y: Any) -> MeanDifference:
+        X, numbers = self._data(X, y)
+        means = np.stack([X[numbers == c].mean(0, dtype=np.float64) for c in range(len(self.classes_))])
+        if len(means) == 2:
+            weight, middle = (means[1] - means[0])[None], means.mean(0)[None]
+        else:
+            rest = (means.sum(0) - means) / (len(means) - 1)
+            weight, middle = means - rest, (means + rest) / 2
+        self._set(weight, -(weight * middle).sum(1), X.dtype)
+        return self
+
+
+class NearestMean(Linear):
+    """The class whose mean is nearest: ``argmin_c |x - mu_c|``, which is linear in x. Source: scikit-learn's
+    NearestCentroid."""
+
+    def fit(self, X: Any, y: Any) -> NearestMean:
+        X, numbers = self._data(X, y)
+        means = np.stack([X[numbers == c].mean(0, dtype=np.float64) for c in range(len(self.classes_))])
+        bias = -0.5 * (means**2).sum(1)
+        if len(means) == 2:
+            means, bias = (means[1] - means[0])[None], (bias[1] - bias[0])[None]
+        self._set(means, bias, X.dtype)
+        return self
+
+
+class LDA(Linear):
+    """Linear discriminant analysis: the difference of means in the metric of the shared covariance, ``S^-1 (mu_1 -
+    mu_0)``.
+
+    Args:
+        shrinkage: towards a multiple of the identity; "auto" is Ledoit & Wolf's. None needs more samples than features.
+
+    Fitted by scikit-learn's LinearDiscriminantAnalysis (solver lsqr).
+    """
+
+    def __init__(self, shrinkage: str | float | None = "auto") -> None:
+        self.shrinkage = shrinkage
+
+    def fit(self, X: Any, y: Any) -> LDA:
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+        X, numbers = self._data(X, y)
+        found = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=self.shrinkage).fit(X, numbers)
+        self._set(found.coef_, found.intercept_, X.dtype)
+        return self
+
+
+class RidgeProbe(Linear):
+    """Least squares on labels -1 and +1 with an L2 penalty (one against the rest for more classes): a closed form.
+
+    ``coef_ = (Xc' Xc + alpha I)^-1 Xc' y``, Xc the centred features: scikit-learn's RidgeClassifier.
+
+    Args:
+        alpha: strength of the penalty, in units of squared feature size times samples.
+    """
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self.alpha = alpha
+
+    def fit(self, X: Any, y: Any) -> RidgeProbe:
+        X, numbers = self._data(X, y)
+        if self.alpha < 0:
+            raise ProbeError(f"alpha={self.alpha!r}: the penalty cannot be negative")
+        centre = X.mean(0, dtype=np.float64)
+        x = (X - centre).astype(np.float64)
+        target = np.where(np.arange(len(self.classes_)) == numbers[:, None], 1.0, -1.0)
+        target = target[:, 1:] if len(self.classes_) == 2 else target
+        mean = target.mean(0)
+        if len(x) >= x.shape[1]:
+            weight = np.linalg.solve(x.T @ x + self.alpha * np.eye(x.shape[1]), x.T @ (target - mean)).T
+        else:  # the same by the kernel, cheaper with few samples
+            weight = (x.T @ np.linalg.solve(x @ x.T + self.alpha * np.eye(len(x)), target - mean)).T
+        self._set(weight, mean - weight @ centre, X.dtype)
+        return self
+
+
+class KSparseProbe(Linear):
+    """A logistic probe on the k features that separate best: neurons, experts or latents, by name.
+
+    Features are ranked on the training data by the difference of class means over their deviation (for several classes,
+    the largest of one against the rest), the best k are kept, and a probe is fitted on them alone.
+    Source: Gurnee et al. 2023, "Finding Neurons in a Haystack" (arXiv:2305.01610), section 3, ranking by mean
+        difference.
+
+    Args:
+        k: how many features may be used.
+        C: inverse penalty of the probe on them.
+
+    Attributes:
+        support_ [k]: the chosen features, best first.
+    """
+
+    def __init__(self, k: int = 16, C: float = 1.0) -> None:
+        self.k = k
+        self.C = C
+
+    def fit(self, X: Any, y: Any) -> KSparseProbe:
+        X, numbers = self._data(X, y)
+        if not self.k >= 1:
+            raise ProbeError(f"k={self.k!r}: at least one feature is needed")
+        self.support_ = separation(X, numbers).argsort(kind="stable")[::-1][: self.k].copy()
+        inner = LinearProbe(C=self.C).fit(X[:, self.support_], numbers)
+        weight = np.zeros((len(inner.coef_), X.shape[1]))
+        weight[:, self.support_] = inner.coef_
+        self._set(weight, inner.intercept_, X.dtype)
+        return self
+
+
+def separation(X: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """|difference of means| / standard deviation of each feature [feature], the best class against the rest."""
+    spread = X.std(0, dtype=np.float64)
+    spread[spread == 0] = np.inf
+    best = np.zeros(X.shape[1])
+    for c in range(1 if numbers.max() == 1 else 0, int(numbers.max()) + 1):
+        inside = numbers == c
+        gap = X[inside].mean(0, dtype=np.float64) - X[~inside].mean(0, dtype=np.float64)
+        best = np.maximum(best, np.abs(gap) / spread)
+    return best

@@ -1,0 +1,241 @@
+"""Where is it known? One pass over the data, a probe per layer, head, neuron layer or router, beside its controls.
+
+    table = by_layer(m, texts, labels)                          every resid_post, last token
+    table = by_site(m, texts, labels, ["z[*, head=*]", "routing[*]"], at="mean", groups=template)
+
+The penalty is chosen on validation, the score taken on test, with an interval over groups. Accuracy alone proves
+little: a probe with many weights fits anything. So each table also holds, marked in the column `baseline`:
+
+    shuffled       the same probe on permuted labels (Hewitt & Liang 2019, arXiv:1909.03368: a control task; what it
+    learns
+                   by heart, the real one may have learned by heart too)
+    random model   the same sites of the same architecture with random weights: what the words alone give
+    bag of tokens  counts of token ids, no model at all
+
+`selectivity` is the score minus that of the shuffled labels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from probes.errors import ProbeError
+from probes.reading import Features, features
+from probes.scores import Interval, accuracy, balanced_accuracy, description_length, interval
+from probes.splitting import Split, split
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONTROLS = ("shuffled", "random model", "bag of tokens")
+PENALTIES = (0.001, 0.01, 0.1, 1.0)
+
+
+def by_layer(
+    m: Any, texts: Sequence[str] | Any, labels: Sequence[object], site: str = "resid_post", **how: Any
+) -> pd.DataFrame:
+    """A probe at `site` of every layer; see `by_site` for the rest."""
+    return by_site(m, texts, labels, f"{site}[*]", **how)
+
+
+def by_site(
+    m: Any, texts: Sequence[str] | Any, labels: Sequence[object], sites: str | Iterable[str], *, at: str = "last",
+    probe: Any = None, groups: Sequence[object] | None = None, parts: Split | None = None,
+    controls: Iterable[str] = ("shuffled", "bag of tokens"), mdl: bool = False, metric: str = "accuracy", seed: int = 0,
+    batch_size: int = 16, max_length: int | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Fits a probe at every site and scores it on held-out examples.
+
+    Args:
+        m: the model.
+        texts: the examples, or Tokens.
+        labels: one per text.
+        sites: patterns, see `probes.reading.features`. ``z[*, head=*]`` probes every head by itself.
+        at: which tokens: "last", "mean", "max".
+        probe: any classifier of scikit-learn's interface; default LinearProbe, whose penalty C is chosen on validation.
+        groups: template or document of each example, so that none stands on both sides.
+        parts: the split, instead of a drawn one; it is checked against `groups`.
+        controls: some of "shuffled", "random model", "bag of tokens".
+        mdl: also the online description length on the training part (bits per label), in column `bits`.
+        metric: "accuracy" or "balanced" (mean over classes).
+        seed: of split, shuffle and bootstrap.
+        batch_size: texts per forward pass.
+        max_length: longer texts are cut.
+
+    Returns:
+        Table: node, site, layer, head, baseline ("none" or a control), metric, value, low, high, selectivity, C.
+            Settings in
+        `.attrs`, with the best node by *validation* and its test score.
+
+    Raises ProbeError for labels of the wrong length, one class, an unknown control, groups on both sides of `parts`.
+    """
+    y = np.asarray(labels)
+    read = features(m, texts, _whole(sites), at=at, batch_size=batch_size, max_length=max_length)
+    if at == "all":
+        raise ProbeError(
+            "at='all' gives many rows a text; probe tokens with probes.features(...) and a probe's own fit"
+        )
+    if len(y) != len(read):
+        raise ProbeError(f"labels: {len(y)} for {len(read)} texts; give one per text")
+    chosen = split(y, groups, seed=seed) if parts is None else parts.check(groups, len(y))
+    asked = list(controls)
+    if unknown := [c for c in asked if c not in CONTROLS]:
+        raise ProbeError(f"controls: unknown {unknown[0]!r}; expected some of {', '.join(CONTROLS)}")
+    study = _Study(y, chosen, None if groups is None else np.asarray(groups), probe, metric, mdl, seed)
+    rows = study.rows(m, read, sites, "none")
+    if "shuffled" in asked:
+        permuted = np.random.default_rng(seed).permutation(y)
+        rows += study.with_labels(permuted).rows(m, read, sites, "shuffled")
+    if "random model" in asked:
+        other = features(
+            _randomised(m, seed), texts, _whole(sites), at=at, batch_size=batch_size, max_length=max_length
+        )
+        rows += study.rows(m, other, sites, "random model")
+    if "bag of tokens" in asked:
+        rows.append(study.row("bag of tokens", bag_of_tokens(m, texts, max_length), "bag of tokens"))
+    return _table(rows, {"model": m.name, "fingerprint": m.fingerprint, "at": at, "metric": metric, "seed": seed,
+                         "examples": len(y), "classes": [str(c) for c in np.unique(y)],
+                         "train": len(chosen.train), "validation": len(chosen.validation), "test": len(chosen.test),
+                         "grouped": groups is not None})  # fmt: skip
+
+
+def _whole(sites: str | Iterable[str]) -> list[str]:
+    """Patterns without their head: all heads are read at once and cut afterwards."""
+    wanted = [sites] if isinstance(sites, str) else list(sites)
+    return list(dict.fromkeys(s.replace(", head=*", "").replace(",head=*", "") for s in wanted))
+
+
+class _Study:
+    """Labels, split, probe and metric: everything but the features."""
+
+    def __init__(
+        self, labels: np.ndarray, parts: Split, groups: np.ndarray | None, probe: Any, metric: str, mdl: bool, seed: int
+    ) -> None:
+        if metric not in ("accuracy", "balanced"):
+            raise ProbeError(f"metric={metric!r}: expected accuracy or balanced")
+        self.labels, self.parts, self.groups, self.probe = labels, parts, groups, probe
+        self.metric, self.mdl, self.seed = metric, mdl, seed
+        self.score = accuracy if metric == "accuracy" else balanced_accuracy
+
+    def with_labels(self, labels: np.ndarray) -> _Study:
+        other = copy.copy(self)
+        other.labels = labels
+        return other
+
+    def rows(self, m: Any, read: Features, sites: str | Iterable[str], baseline: str) -> list[dict[str, Any]]:
+        by_head = any("head=*" in s for s in ([sites] if isinstance(sites, str) else sites))
+        found = []
+        for site, value in read.values.items():
+            if by_head and site.startswith("z["):
+                for head, part in enumerate(np.split(value, m.n_heads, axis=1)):
+                    found.append(self.row(f"{site[:-1]}, head={head}]", part, baseline))
+            else:
+                found.append(self.row(site, value, baseline))
+        return found
+
+    def row(self, node: str, X: np.ndarray, baseline: str) -> dict[str, Any]:
+        fitted, C, validation = self.fit(X)
+        test = self.parts.test
+        groups = None if self.groups is None else self.groups[test]
+        got: Interval = interval(self.labels[test], fitted.predict(X[test]), self.score, groups, seed=self.seed)
+        bits = {}
+        if self.mdl:
+            train = self.parts.train
+            bits = {"bits": description_length(fitted, X[train], self.labels[train], seed=self.seed)["bits_per_label"]}
+        return {"node": node, "baseline": baseline, "metric": self.metric, "value": got.value, "low": got.low,
+                "high": got.high, "validation": validation, "C": C, **bits}  # fmt: skip
+
+    def fit(self, X: np.ndarray) -> tuple[Any, float, float]:
+        """The probe fitted on train, with the penalty that does best on validation."""
+        import warnings
+
+        from sklearn.base import clone
+
+        from probes.errors import ProbeWarning
+        from probes.linear import LinearProbe
+
+        train, held = self.parts.train, self.parts.validation
+        tried = [clone(self.probe)] if self.probe is not None else [LinearProbe(C=C) for C in PENALTIES]
+        best: tuple[Any, float, float] | None = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ProbeWarning)  # the controls say what a warning would
+            for one in tried:
+                one.fit(X[train], self.labels[train])
+                got = self.score(self.labels[held], one.predict(X[held]))
+                if best is None or got > best[2]:
+                    best = (one, float(getattr(one, "C", np.nan)), got)
+        assert best is not None
+        return best
+
+
+def bag_of_tokens(m: Any, texts: Sequence[str] | Any, max_length: int | None = None) -> np.ndarray:
+    """How often each token id that occurs stands in each text [text, distinct token]: what needs no model."""
+    from sklearn.feature_extraction import DictVectorizer
+
+    tokens = m.tokens(
+        texts if hasattr(texts, "mask") else list(texts), max_length=max_length, truncate=max_length is not None
+    )
+    counts = []
+    for i in range(len(tokens)):
+        ids, number = tokens.row(i).unique(return_counts=True)
+        counts.append({str(t): int(n) for t, n in zip(ids.tolist(), number.tolist(), strict=True)})
+    return DictVectorizer(dtype=np.float32, sparse=False).fit_transform(counts)
+
+
+def _randomised(m: Any, seed: int) -> Any:
+    """The same architecture with freshly drawn weights."""
+    import torch
+
+    import interp
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(m.hf)(copy.deepcopy(m.hf.config))
+    made = interp.load(fresh.to(device=m.device, dtype=m.dtype).eval(), tokenizer=m.tokenizer)
+    made.name = f"{m.name}, random weights"
+    return made
+
+
+def _table(rows: list[dict[str, Any]], attrs: dict[str, Any]) -> pd.DataFrame:
+    import pandas as pd
+
+    from interp.sites import Site
+
+    for row in rows:
+        node = row["node"]
+        row["site"], row["layer"], row["head"] = node.partition("[")[0], pd.NA, pd.NA
+        if node.startswith("routing["):
+            row["layer"] = int(node[8:-1])
+        elif "[" in node:
+            site = Site.parse(node)
+            row["layer"] = site.layer
+            row["head"] = dict(site.index).get("head", pd.NA)
+    table = pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64"})
+    by_chance = {row["node"]: row["value"] for row in rows if row["baseline"] == "shuffled"}
+    table["selectivity"] = [
+        row["value"] - by_chance.get(row["node"], np.nan) if row["baseline"] == "none" else np.nan for row in rows
+    ]
+    best = max((row for row in rows if row["baseline"] == "none"), key=lambda row: row["validation"])
+    about = {"best": best["node"], "best_value": best["value"], "best_low": best["low"], "best_high": best["high"]}
+    first = [
+        "node",
+        "site",
+        "layer",
+        "head",
+        "baseline",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "selectivity",
+        "validation",
+        "C",
+    ]
+    table = table[first + [c for c in table if c not in first]]
+    table.attrs.update(attrs)
+    table.attrs.update(about)
+    return table

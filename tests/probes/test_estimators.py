@@ -1,0 +1,185 @@
+"""Probes equal scikit-learn's or a closed form, and keep its interface."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neighbors import NearestCentroid
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import check_estimator
+
+import probes
+
+ALL = [probes.LinearProbe(), probes.MeanDifference(), probes.NearestMean(), probes.LDA(), probes.RidgeProbe(),
+       probes.KSparseProbe(k=2)]  # fmt: skip
+
+
+def data(classes: int, n: int = 1500, d: int = 20, seed: int = 0):
+    """Features whose scales differ a thousandfold, as in a residual stream."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(n, d))
+    y = (z @ rng.normal(size=(d, classes)) + rng.gumbel(size=(n, classes))).argmax(1)
+    return z * np.logspace(-1, 2, d) + 3, y
+
+
+@pytest.mark.parametrize("probe", ALL, ids=lambda p: type(p).__name__)
+def test_keeps_scikit_learns_contract(probe):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = check_estimator(probe, on_fail=None)
+    assert [(r["check_name"], str(r["exception"])) for r in done if r["status"] == "failed"] == []
+    assert len(done) > 40
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_logistic_is_scikit_learns_minimum_in_few_passes(classes, standardize):
+    X, y = data(classes)
+    mine = probes.LinearProbe(C=0.7, standardize=standardize, tol=1e-8).fit(X, y)
+    theirs = LogisticRegression(C=0.7, tol=1e-8, max_iter=500, solver="newton-cg" if classes > 2 else "newton-cholesky")
+    if standardize:
+        pipe = make_pipeline(StandardScaler(), theirs).fit(X, y)
+        expected = theirs.coef_ / pipe[0].scale_
+        np.testing.assert_allclose(mine.decision_function(X), pipe.decision_function(X), atol=2e-3)
+    else:
+        expected = theirs.fit(X, y).coef_
+    np.testing.assert_allclose(mine.coef_, expected, atol=1e-4 * np.abs(expected).max())
+    assert mine.n_iter_ < 60
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_others_equal_scikit_learns(classes):
+    X, y = data(classes)
+    for mine, theirs in [
+        (probes.RidgeProbe(alpha=3.0), RidgeClassifier(alpha=3.0)),
+        (probes.LDA(shrinkage="auto"), LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")),
+    ]:
+        mine.fit(X, y)
+        theirs.fit(X, y)
+        np.testing.assert_allclose(mine.decision_function(X), theirs.decision_function(X), atol=1e-8)
+    assert (probes.NearestMean().fit(X, y).predict(X) == NearestCentroid().fit(X, y).predict(X)).all()
+
+
+def test_ridge_with_fewer_samples_than_features_is_the_same_closed_form():
+    X, y = data(2, n=30, d=60)
+    with pytest.warns(probes.ProbeWarning, match="30 samples for 60 features"):
+        mine = probes.RidgeProbe(alpha=2.0).fit(X, y)
+    np.testing.assert_allclose(mine.coef_, np.atleast_2d(RidgeClassifier(alpha=2.0).fit(X, y).coef_), atol=1e-9)
+
+
+def test_difference_of_means_is_that():
+    X, y = data(2)
+    p = probes.MeanDifference().fit(X, y)
+    gap = X[y == 1].mean(0) - X[y == 0].mean(0)
+    np.testing.assert_allclose(p.coef_[0], gap)
+    np.testing.assert_allclose(p.direction_, gap / np.linalg.norm(gap))
+    middle = (X[y == 1].mean(0) + X[y == 0].mean(0)) / 2
+    assert abs(p.decision_function(middle[None])[0]) < 1e-8
+
+
+def test_k_sparse_finds_the_planted_features_and_uses_only_them():
+    rng = np.random.default_rng(1)
+    y = rng.integers(2, size=800)
+    X = rng.normal(size=(800, 100))
+    X[:, [7, 42]] += 1.5 * y[:, None]
+    p = probes.KSparseProbe(k=2).fit(X, y)
+    assert set(p.support_.tolist()) == {7, 42}
+    assert set(np.flatnonzero(p.coef_[0]).tolist()) == {7, 42}
+    assert p.score(X, y) > 0.8
+
+
+def test_attention_probe_looks_where_the_answer_stands():
+    rng = np.random.default_rng(0)
+    y = rng.integers(2, size=300)
+    X = rng.normal(size=(300, 12, 16)).astype(np.float32)
+    where = rng.integers(12, size=300)
+    X[np.arange(300), where, 0] += 6  # a mark, at a place of its own in every text
+    X[np.arange(300), where, 1] += 4 * (2 * y - 1)
+    p = probes.AttentionProbe().fit(X[:200], y[:200])
+    assert p.score(X[200:], y[200:]) > 0.95
+    assert (p.attention(X[200:])[..., 0].argmax(1) == where[200:]).mean() > 0.95
+    assert probes.LinearProbe().fit(X[:200, -1], y[:200]).score(X[200:, -1], y[200:]) < 0.75
+
+
+def test_attention_probe_ignores_padding():
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(40, 6, 4)).astype(np.float32), np.arange(40) % 2
+    mask = np.ones((40, 6), bool)
+    mask[:, 4:] = False
+    p = probes.AttentionProbe(steps=20).fit(X, y, mask)
+    other = X.copy()
+    other[:, 4:] = 1e6
+    np.testing.assert_array_equal(p.predict_proba(X, mask), p.predict_proba(other, mask))
+
+
+def test_ccs_finds_truth_without_labels():
+    rng = np.random.default_rng(0)
+    n, d = 400, 24
+    truth, direction, negation = rng.integers(2, size=n), rng.normal(size=d), 5 * rng.normal(size=d)
+    base = rng.normal(size=(n, d))
+    side = (2 * truth - 1)[:, None] * direction
+    X = np.stack([base + side, base - side + negation], 1)  # "not" moves all negations, whatever is true
+    p = probes.CCS(steps=400).fit(X[:300])
+    hit = p.score(X[300:], truth[300:])
+    assert max(hit, 1 - hit) > 0.95
+    assert probes.CCS(steps=400).fit(X[:300], truth[:300]).score(X[300:], truth[300:]) > 0.95
+    assert p.loss_ < 0.1
+
+
+def test_multilabel_is_a_probe_per_label():
+    X, _ = data(2)
+    y = np.stack([X[:, 0] > 3, X[:, 1] > 3], 1).astype(int)
+    p = probes.MultiLabelProbe().fit(X, y)
+    np.testing.assert_array_equal(p.predict(X)[:, 1], probes.LinearProbe().fit(X, y[:, 1]).predict(X))
+    assert p.score(X, y) > 0.95
+
+
+def test_calibration_mends_overconfidence_and_keeps_the_direction():
+    X, y = data(2)
+    p = probes.LinearProbe().fit(X[:700], y[:700])
+    loud = probes.calibrated(p, X[700:1100], y[700:1100])
+    loud.coef_ *= 8
+    loud.intercept_ *= 8
+    mended = probes.calibrated(loud, X[700:1100], y[700:1100])
+    before = probes.calibration(y[1100:], loud.predict_proba(X[1100:])[:, 1])
+    after = probes.calibration(y[1100:], mended.predict_proba(X[1100:])[:, 1])
+    assert after["ece"] < 0.06 < before["ece"]
+    np.testing.assert_allclose(mended.direction_, p.direction_, atol=1e-6)
+
+
+@pytest.mark.parametrize("probe", ALL, ids=lambda p: type(p).__name__)
+def test_saves_and_loads(probe, tmp_path):
+    X, y = data(3)
+    names = np.array(["law", "code", "maths"])[y]
+    p = probe.__class__(**probe.get_params()).fit(X, names)
+    probes.save(p, tmp_path / "p", intended_use="tests")
+    again = probes.load(tmp_path / "p")
+    assert (again.predict(X) == p.predict(X)).all()
+    assert sorted(f.name for f in (tmp_path / "p").iterdir()) == ["card.json", "probe.safetensors"]
+
+
+def test_bad_input_is_named():
+    X, y = data(2, n=60)
+    with pytest.raises(probes.ProbeError, match="one class only"):
+        probes.LinearProbe().fit(X, np.zeros(60))
+    with pytest.raises(probes.ProbeError, match="59 labels and X 60 rows"):
+        probes.LinearProbe().fit(X, y[:-1])
+    with pytest.raises(ValueError, match="NaN"):
+        probes.LinearProbe().fit(np.where(X > 3, np.nan, X), y)
+    with pytest.raises(probes.ProbeError, match="C=-1"):
+        probes.LinearProbe(C=-1).fit(X, y)
+    with pytest.raises(probes.ProbeError, match="one vector per class"):
+        _ = probes.MeanDifference().fit(*data(3)).direction_
+    with pytest.raises(probes.ProbeError, match=r"expected \[pair, 2, feature\]"):
+        probes.CCS().fit(X)
+    with pytest.raises(probes.ProbeError, match=r"expected \[text, pos, feature\]"):
+        probes.AttentionProbe().fit(X, y)
+    with pytest.raises(probes.ProbeError, match=r"no probe\.safetensors"):
+        probes.load("nowhere")
+    with pytest.raises(AttributeError, match="probes has no 'Lienar'"):
+        _ = probes.Lienar

@@ -1,0 +1,140 @@
+"""Sweeps over layers, heads and routers: one pass, held-out scores, controls."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import interp
+import probes
+from interp.activations import Tokens
+from probes.concepts import sensitivities
+
+
+def examples(m, n: int = 300, length: int = 3, seed: int = 0):
+    """Rows of a few tokens; the label is which of two stands last, so the embedding knows it."""
+    ids = torch.randint(6, 9, (n, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, -1] = ids[:, -1] % 2 + 4
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), (ids[:, -1] % 2).numpy()
+
+
+def test_by_layer_finds_what_the_last_token_is_and_the_shuffle_does_not():
+    m = interp.load("tiny:llama")
+    tokens, y = examples(m)
+    table = probes.by_layer(m, tokens, y, controls=("shuffled", "random model", "bag of tokens"))
+    real = table[table.baseline == "none"]
+    assert list(real.layer) == list(range(m.n_layers))
+    assert real.value.min() > 0.9
+    assert table[table.baseline == "shuffled"].value.max() < 0.8
+    assert (table[table.baseline == "random model"].value > 0.9).all()  # the words alone give it away, as they do here
+    assert (real.selectivity > 0.15).all()
+    assert ((table.low <= table.value) & (table.value <= table.high)).all()
+    assert table.attrs["best"] in set(real.node)
+
+
+def test_the_data_is_read_once(monkeypatch):
+    m = interp.load("tiny:llama")
+    tokens, y = examples(m)
+    calls = []
+    capture = type(m).capture
+    monkeypatch.setattr(type(m), "capture", lambda self, *a, **k: calls.append(1) or capture(self, *a, **k))
+    probes.by_site(m, tokens, y, ["resid_post[*]", "z[*, head=*]"], batch_size=300)
+    assert len(calls) == 1
+
+
+def test_heads_are_probed_one_by_one():
+    m = interp.load("tiny:llama")
+    tokens, y = examples(m)
+    table = probes.by_site(m, tokens, y, "z[*, head=*]", controls=())
+    assert len(table) == m.n_layers * m.n_heads
+    read = probes.features(m, tokens, "z[0]")["z[0]"]
+    one = probes.features(m, tokens, "z[0, head=1]")["z[0, head=1]"]
+    np.testing.assert_array_equal(np.split(read, m.n_heads, axis=1)[1], one)
+
+
+@pytest.mark.parametrize("family", ["tiny:olmoe", "tiny:monet"])
+def test_routing_as_features_is_what_the_router_gave(family):
+    m = interp.load(family)
+    tokens, _ = examples(m, n=5)
+    got = probes.features(m, tokens, "routing[*]", at="all")
+    layer = next(iter(got))
+    if family == "tiny:monet":
+        acts = m.capture(tokens, ["g1[0]", "g2[0]"])
+        expected = torch.cat([acts["g1[0]"].sum(2), acts["g2[0]"].sum(2)], -1).flatten(0, 1)
+    else:
+        routed = m.capture(tokens, "expert_weight[0]").experts(0)
+        expected = torch.zeros(len(tokens) * tokens.ids.shape[1], m.n_experts)
+        for row, (ids, weights) in enumerate(zip(routed.ids.flatten(0, 1), routed.weights.flatten(0, 1), strict=True)):
+            for e, w in zip(ids, weights, strict=True):
+                expected[row, e] += w
+    np.testing.assert_allclose(got[layer], expected.numpy(), atol=1e-6)
+
+
+def test_pooling_is_over_real_tokens_only():
+    m = interp.load("tiny:llama")
+    ids = torch.randint(4, m.d_vocab, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    tokens = Tokens(ids, mask)
+    h = m.capture(tokens, "resid_post[1]")["resid_post[1]"]
+    site = "resid_post[1]"
+    np.testing.assert_allclose(probes.features(m, tokens, site)[site][0], h[0, 3], atol=1e-6)
+    np.testing.assert_allclose(probes.features(m, tokens, site, at="mean")[site][0], h[0, 1:4].mean(0), atol=1e-6)
+    np.testing.assert_allclose(probes.features(m, tokens, site, at="max")[site][0], h[0, 1:4].max(0).values, atol=1e-6)
+    every = probes.features(m, tokens, site, at="all")
+    assert every.text.tolist() == [0] * 4 + [1] * 6
+    assert every.position.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+
+
+def test_causal_check_follows_a_direction_that_the_metric_reads():
+    m = interp.load("tiny:llama")
+    tokens, _ = examples(m)
+    last = f"resid_post[{m.n_layers - 1}]"
+    metric = interp.metrics.logit_diff(7, 9)
+    # A probe planted along the gradient of the metric, and one across it.
+    slope = sensitivities(m, tokens, metric, last).mean(0)
+    along = probes.MeanDifference().fit(np.stack([-slope, slope]), [0, 1])
+    rng = np.random.default_rng(0)
+    across = rng.normal(size=len(slope))
+    across -= across @ slope / (slope @ slope) * slope
+    good = probes.causal(m, along, last, tokens, metric, unit=0.3, controls=12)
+    beside = probes.MeanDifference().fit(np.stack([-across, across]), [0, 1])
+    bad = probes.causal(m, beside, last, tokens, metric, unit=0.3, controls=12)
+    assert good.attrs["causal"]
+    assert not bad.attrs["causal"]
+    assert set(good.baseline) == {"none", "random"}
+
+
+def test_goal_reaches_its_probability_by_the_smallest_move():
+    from probes.intervening import goal
+
+    m = interp.load("tiny:llama")
+    tokens, y = examples(m)
+    site = "resid_post[1]"
+    X = probes.features(m, tokens, site)[site]
+    p = probes.LinearProbe(C=0.1).fit(X, y)
+    with m.intervene(goal(p, site, 0.9)):
+        moved = probes.features(m, tokens, site)[site]
+    after = p.predict_proba(moved)[:, 1]
+    before = p.predict_proba(X)[:, 1]
+    np.testing.assert_allclose(after[before < 0.9], 0.9, atol=1e-3)
+    np.testing.assert_array_equal(moved[before >= 0.9], X[before >= 0.9])
+    step = moved - X
+    u = p.direction_
+    np.testing.assert_allclose(step, (step @ u)[:, None] * u, atol=1e-5)  # along the normal: no shorter way
+
+
+def test_bad_input_is_named():
+    m = interp.load("tiny:llama")
+    tokens, y = examples(m, n=30)
+    with pytest.raises(probes.ProbeError, match="29 for 30 texts"):
+        probes.by_layer(m, tokens, y[:-1])
+    with pytest.raises(probes.ProbeError, match="unknown 'suffled'"):
+        probes.by_layer(m, tokens, y, controls=["suffled"])
+    with pytest.raises(probes.ProbeError, match="at='first'"):
+        probes.features(m, tokens, "resid_post[0]", at="first")
+    with pytest.raises(probes.ProbeError, match=r"only 0|only 1|one class"):
+        probes.by_layer(m, tokens, np.r_[np.zeros(29), 1])
+    parts = probes.Split(np.arange(20), np.arange(20, 25), np.arange(25, 30))
+    with pytest.raises(probes.ProbeError, match="groups stand in train"):
+        probes.by_layer(m, tokens, y, groups=["t"] * 30, parts=parts)
