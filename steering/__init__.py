@@ -38,12 +38,14 @@ from steering.fit_sae import largest_activation, sae_latent
 from steering.fit_transport import act, transport_map
 from steering.gates import Condition, conditional, find_condition
 from steering.lettered import ab
+from steering.planted import Planted
 from steering.pres import pres
 from steering.propensity import propensities, slopes
+from steering.report import Report, report
 from steering.schedules import between, scheduled
 from steering.surgery import behaviour_probe, surgery
 from steering.sweep import sweep
-from steering.vector import AFTER_PROMPT, Part, SteeringMap, SteeringVector, equalise
+from steering.vector import AFTER_PROMPT, Part, SteeringMap, SteeringVector, cosines, equalise
 
 __all__ = [
     "AFTER_PROMPT",
@@ -52,7 +54,9 @@ __all__ = [
     "Condition",
     "Nearer",
     "Part",
+    "Planted",
     "Refusal",
+    "Report",
     "SteeringError",
     "SteeringMap",
     "SteeringVector",
@@ -73,6 +77,7 @@ __all__ = [
     "conceptor",
     "conceptor_map",
     "conditional",
+    "cosines",
     "dac",
     "directional_ablation",
     "east",
@@ -101,6 +106,7 @@ __all__ = [
     "propensities",
     "random_like",
     "refusal",
+    "report",
     "reversal",
     "reversed_generation",
     "sae_latent",

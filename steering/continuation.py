@@ -220,14 +220,9 @@ class _Batch:
         decode = None if tokenizer is None else lambda i: tokenizer.decode(i, clean_up_tokenization_spaces=False)
         columns = Columns(self.ids, self.mask, 0, self.prompt, self.mask[:, : self.prompt])
         first = self.prompt - 1
-        seen: set[int] = set()
-        for edit in (e for edits in self.runs for e in edits):
-            if id(edit.scope.rule) in seen and not hasattr(edit.scope, "parts"):
-                continue
-            seen.add(id(edit.scope.rule))
-            touched = edit.scope.bind(decode)(columns).any(0).nonzero()
-            if len(touched):
-                first = min(first, int(touched[0]))
+        for scope in {id(e.scope): e.scope for edits in self.runs for e in edits}.values():
+            touched = scope.bind(decode)(columns).any(0).nonzero()
+            first = min([first, *touched[:1, 0].tolist()])
         return first
 
     @cached_property

@@ -30,7 +30,7 @@ TEMPLATE = "{question}\n\nChoices:\n ({a}) {first}\n ({b}) {second}\n\nAnswer: (
 def ab(
     m: Any,
     v: SteeringMap,
-    items: Sequence[tuple[str, str, str]],
+    items: Sequence[_pairs.Pair],
     multipliers: Sequence[float] = MULTIPLIERS,
     *,
     letters: tuple[str, str] = ("A", "B"),

@@ -1,0 +1,149 @@
+"""The report: one table, one page, nothing of the user's text let loose in it, and refused where it would mislead."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+import pytest
+import torch
+
+import interp
+import steering
+from steering import SteeringError, SteeringVector, plots
+from steering.lettered import ab
+from steering.report import COLUMNS, Report, report
+from tests.steering.words import PAIRS, worded
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def found() -> Report:
+    m = worded()
+    m.name = EVIL
+    v = steering.caa(m, PAIRS, layer=1)
+    others = steering.shuffled(lambda pairs: steering.caa(m, pairs, layer=1), PAIRS, 2)
+    return report(
+        m, v, PAIRS[:4], [-1, 1], off_target={EVIL: PAIRS[4:]}, texts=["the cat sleeps , the dog runs", "rain sun"],
+        questions=[("How was the film ?", ["good", "cat"], 0), (EVIL, ["yes", "no"], 1)], controls=3,
+        prompt=("yes ", "no "), lettered=True, max_new_tokens=4, baselines={"shuffled": others},
+    )  # fmt: skip
+
+
+def test_one_table_holds_everything(found):
+    table = found.table
+    assert list(table.columns) == list(COLUMNS)
+    sections = {"on target", "lettered options", "off target", "neutral text", "multiple choice", "generations"}
+    assert set(table.section) == sections
+    own = table[table.section == "on target"]
+    assert {"propensity", "promotes", "demotes", "slope", "flipped"} == set(own.metric)
+    assert {"none", "random", "prompt", "shuffled"} == set(own[own.metric == "propensity"].baseline)
+    assert set(own[own.metric == "propensity"].multiplier) == {-1.0, 0.0, 1.0}
+    assert set(table[table.section == "generations"].metric) == {"output_perplexity", "distinct"}
+    assert not table[["metric", "value"]].isna().any().any()
+    kl = table[(table.metric == "kl") & (table.multiplier == 0)]
+    assert (kl.value == 0).all()
+    assert len(found.generations) == 9
+    assert found.about["items"] == 4
+
+
+def test_numbers_are_those_of_the_measures(found):
+    m = worded()
+    v = steering.caa(m, PAIRS, layer=1)
+    dose = steering.evaluate(m, v, PAIRS[:4], [-1, 0, 1], controls=3)
+    own = found.table[(found.table.section == "on target") & (found.table.metric == "propensity")]
+    for row in dose.to_dict("records"):
+        twin = own[(own.baseline == row["baseline"]) & (own.multiplier == row["multiplier"])].iloc[0]
+        assert twin.value == pytest.approx(row["value"], abs=1e-5)
+        assert twin.low == pytest.approx(row["low"], abs=1e-5)
+
+
+def test_the_page_is_whole_offline_and_escaped(found, tmp_path):
+    text = found.save(tmp_path / "sub" / "report.html").read_text()
+    assert EVIL not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert not re.search(r"<(script|link|img|iframe)[^>]*\s(src|href)=", text)
+    for word in ("Neutral text", "Off target", "Multiple choice", "What it writes", "Settings"):
+        assert word in text
+    for line in found.about["verdict"]:
+        assert line in text
+
+
+def test_without_baseline_scale_likelihood_or_context_there_is_no_page(found):
+    table, rest = found.table, (found.generations, found.about)
+    own = table.section == "on target"
+    lacking = {
+        "baseline": Report(table[~(own & (table.baseline == "random"))], *rest),
+        "common scale": Report(table[~(own & (table.metric == "demotes"))], *rest),
+        "likelihood": Report(table[~(own & (table.metric == "propensity"))], *rest),
+        "context": Report(table, found.generations, {**found.about, "context": ""}),
+    }
+    assert found.missing() == []
+    for name, broken in lacking.items():
+        assert name in broken.missing()
+        with pytest.raises(SteeringError, match=name):
+            broken.to_html()
+
+
+def test_a_vector_that_does_nothing_is_said_to_do_nothing():
+    m = worded()
+    v = SteeringVector.of(m, {"resid_post[1]": 1e-6 * torch.randn(m.d_model)})
+    flat = report(m, v, PAIRS[:4], [-1, 1], texts=["the cat sleeps every day"], controls=4, prompts=[])
+    assert any("they do as much" in line for line in flat.about["verdict"])
+    assert len(flat.generations) == 0
+    with pytest.raises(SteeringError, match="other than 0"):
+        report(m, v, PAIRS[:4], [0])
+
+
+def test_figures_hold_the_tables_numbers(found):
+    m = worded()
+    dose = steering.evaluate(m, steering.caa(m, PAIRS, layer=1), PAIRS[:4], [-1, 0, 1], controls=3)
+    figure = plots.dose_response(dose, EVIL)
+    line = next(t for t in figure.data if t.name == "the vector")
+    assert list(line.y) == dose[dose.baseline == "none"].sort_values("multiplier").value.tolist()
+    assert figure.data[-1] is line  # on top
+    assert EVIL not in figure.to_json()
+    sweep = steering.sweep(m, steering.caa(m, PAIRS, layer="*"), PAIRS[:3], [-1, 0, 1])
+    grid = plots.layers(sweep, "x").data[0]
+    assert grid.z.shape == (2, m.n_layers)
+    top = sweep[(sweep.layer == 0) & (sweep.multiplier == 1)].value.iloc[0]
+    base = sweep[(sweep.layer == 0) & (sweep.multiplier == 0)].value.iloc[0]
+    assert grid.z[0, 0] == pytest.approx(top - base)
+
+
+def test_letters_must_be_one_token_and_templates_there():
+    m = worded()
+    v = SteeringVector.of(m, {"resid_post[1]": torch.ones(m.d_model)})
+    items = [("How was the film ?", "good", "bad")]
+    table = ab(m, v, items, [0, 1])
+    assert set(table.metric) == {"p_positive", "letter_bias", "letter_mass"}
+    with pytest.raises(SteeringError, match="not one token"):
+        ab(m, v, items, [0], letters=("good day", "bad"))
+    with pytest.raises(SteeringError, match="chat template"):
+        ab(m, v, items, [0], chat=True)
+    chatty = worded(chat=True)
+    w = SteeringVector.of(chatty, {"resid_post[1]": torch.ones(chatty.d_model)})
+    assert len(ab(chatty, w, items, [0], chat=True)) == 5
+
+
+def test_chat_and_prompts_are_the_texts_they_say():
+    m = worded(chat=True)
+    v = steering.caa(m, PAIRS, layer=1, chat=True)
+    a = steering.evaluate(m, v, PAIRS, [0], controls=0, chat=True)
+    written = [(f"user : {q} assistant :", p, n) for q, p, n in PAIRS]
+    b = steering.evaluate(m, v, written, [0], controls=0)
+    assert a.value.tolist() == pytest.approx(b.value.tolist(), abs=1e-6)
+    told = steering.evaluate(m, v, PAIRS, [-1, 0, 1], controls=0, prompt=("yes ", "no "))
+    asked = told[told.baseline == "prompt"].set_index("multiplier").value
+    for k, word in ((-1.0, "no "), (0.0, ""), (1.0, "yes ")):
+        plain = steering.evaluate(m, v, [(word + q, p, n) for q, p, n in PAIRS], [0], controls=0)
+        assert asked[k] == pytest.approx(plain.value[0], abs=1e-6)
+
+
+def test_tables_can_be_kept(found, tmp_path):
+    table = found.table.copy()
+    table.attrs = {}
+    table.to_parquet(tmp_path / "t.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), table)
+    assert interp.__version__
