@@ -65,6 +65,7 @@ def mean_centre(
     background_texts: Any,
     layer: Any,
     *,
+    skip: int = 0,
     site: str = "resid_post",
     scope: Any = AFTER_PROMPT,
     batch_tokens: int = 4096,
@@ -81,17 +82,19 @@ def mean_centre(
         target_texts: texts that show the behaviour.
         background_texts: ordinary texts; with None nothing is taken off, which is the paper's uncentred control.
         layer: a layer, several, or "*".
+        skip: leave out so many tokens at the start of each text. 0 is the paper; 1 leaves out first tokens, whose
+            activations in many models are a hundred times as large as all others and differ from text to text.
         site: where, with `layer` put in.
         scope: to which tokens the vector is added.
         batch_tokens: tokens run at once.
     """
     sites = sites_at(m, layer, site)
     target = _pairs.texts(m, target_texts, name="target_texts")
-    mean = token_mean(m, target, sites, batch_tokens)
-    record: dict[str, Any] = {"target_texts": len(target), "background_texts": 0}
+    mean = token_mean(m, target, sites, batch_tokens, skip)
+    record: dict[str, Any] = {"target_texts": len(target), "background_texts": 0, "skip": skip}
     if background_texts is not None:
         background = _pairs.texts(m, background_texts, name="background_texts")
-        base = token_mean(m, background, sites, batch_tokens)
+        base = token_mean(m, background, sites, batch_tokens, skip)
         mean = {s: mean[s] - base[s] for s in sites}
         record["background_texts"] = len(background)
     return SteeringVector.of(m, mean, method="mean_centre", scope=scope, record=record)

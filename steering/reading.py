@@ -129,12 +129,14 @@ def each_token(
 
 
 def token_mean(
-    m: Any, passages: Sequence[Passage], sites: Sequence[str], batch_tokens: int = 4096
+    m: Any, passages: Sequence[Passage], sites: Sequence[str], batch_tokens: int = 4096, skip: int = 0
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Mean over all tokens of all passages, each token counting alike: site -> [...], summed in float64."""
+    """Mean over all tokens from position `skip` on, each counting alike: site -> [...], summed in float64."""
     total: dict[str, Tensor] = {}
-    count = sum(len(p.ids) for p in passages)
-    for site, rows in each_token(m, passages, sites, batch_tokens):
+    count = sum(max(0, len(p.ids) - skip) for p in passages)
+    if skip < 0 or not count:
+        raise SteeringError(f"skip={skip}: expected 0 or more, and fewer than the texts have tokens")
+    for site, rows in each_token(m, passages, sites, batch_tokens, skip):
         total[site] = total.get(site, 0) + rows.double().sum(0)
     return {site: (value / count).float() for site, value in total.items()}
 

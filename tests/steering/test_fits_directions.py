@@ -265,11 +265,36 @@ def test_sae_latent_adds_its_direction_and_clamps_what_it_reads(m):
     torch.testing.assert_close(clamp(h, where(h)), changed @ s.W_dec + error, atol=1e-4, rtol=1e-5)
 
 
+def test_our_own_sae_is_taken_at_its_site_and_clamped_by_itself(m):
+    from interp.sae import SAE
+
+    g = torch.Generator().manual_seed(4)
+    ours = SAE(
+        torch.nn.functional.normalize(torch.randn(50, 32, generator=g), dim=1), torch.randn(32, generator=g),
+        torch.randn(50, 32, generator=g), torch.randn(50, generator=g), sites=("resid_post[1]",),
+        targets=("resid_post[1]",),
+    )  # fmt: skip
+    added = steering.sae_latent(m, ours, 7, amount=2.0)
+    assert added.sites == ["resid_post[1]"]
+    torch.testing.assert_close(added.vector, 2 * ours.decoder[7])
+    h = torch.randn(2, 3, 32)
+    clamp = steering.sae_latent(m, ours, 7, how="clamp", amount=3.0).parts[0].map
+    change = (3.0 - ours.encode(h)[..., 7])[..., None] * ours.decoder[7]
+    torch.testing.assert_close(clamp(h, where(h)), h + change, atol=1e-5, rtol=1e-5)
+    best = steering.largest_activation(m, ours, 7, None, [[3, 4, 5], [6, 7]])
+    rows = torch.cat(
+        [m.capture(torch.tensor([r]), "resid_post[1]")["resid_post[1]"][0, 1:] for r in ([3, 4, 5], [6, 7])]
+    )
+    assert best == pytest.approx(float(ours.encode(rows)[:, 7].max().clamp_min(0)), rel=1e-4)
+
+
 def test_a_sae_that_does_not_fit_is_refused(m):
     with pytest.raises(SteeringError, match="transpose it"):
         steering.sae_latent(m, sae().W_dec.T, 7, layer=1)
     with pytest.raises(SteeringError, match=r"latents 0\.\.49"):
         steering.sae_latent(m, sae(), 50, layer=1)
+    with pytest.raises(SteeringError, match="names 0 sites of its own"):
+        steering.sae_latent(m, sae(), 7)
     with pytest.raises(SteeringError, match="needs the encoder"):
         steering.sae_latent(m, sae().W_dec, 7, layer=1, how="clamp")
     with pytest.raises(SteeringError, match="has no W_dec"):

@@ -71,6 +71,11 @@ def test_mean_centring_is_its_formula_over_all_tokens():
 
     v = steering.mean_centre(m, target, background, layer=2)
     torch.testing.assert_close(v.vector.double(), mean(target) - mean(background), atol=1e-6, rtol=1e-5)
+    late = steering.mean_centre(m, target, background, layer=2, skip=1)
+    want = mean([target[0]]) * 3 - m.capture(torch.tensor([target[0]]), site)[site][0, 0].double()
+    want = (want + m.capture(torch.tensor([target[1]]), site)[site][0, 1].double()) / 3
+    rest = mean([background[0]]) * 4 - m.capture(torch.tensor([background[0]]), site)[site][0, 0].double()
+    torch.testing.assert_close(late.vector.double(), want - rest / 3, atol=1e-6, rtol=1e-5)
     plain = steering.mean_centre(m, target, None, layer=2)
     torch.testing.assert_close(plain.vector.double(), mean(target), atol=1e-6, rtol=1e-5)
 
