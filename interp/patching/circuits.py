@@ -77,6 +77,14 @@ class Circuit:
         """Every writer and reader named by an edge, in the order of the edges."""
         return list(dict.fromkeys(name for edge in self.edges for name in edge))
 
+    def frame(self) -> pd.DataFrame:
+        """A line per edge: writer, reader, value (its score; NaN without one)."""
+        import pandas as pd
+
+        writers, readers = zip(*self.edges, strict=True) if self.edges else ((), ())
+        values = self.scores or [float("nan")] * len(self)
+        return pd.DataFrame({"writer": list(writers), "reader": list(readers), "value": list(values)})
+
     def without(self, edges: Iterable[Edge]) -> Circuit:
         """The circuit less some edges."""
         gone = set(edges)
@@ -358,4 +366,29 @@ def _framed(frame: pd.DataFrame, bench: Bench, **settings: Any) -> pd.DataFrame:
         "baseline": {"clean": float(bench.setting.baseline.mean()), "corrupt": float(bench.setting.target.mean())},
         "ablation": "edges outside carry what they carry in the corrupt run", **settings,
     }  # fmt: skip
+    return frame
+
+
+def reuse(tables: dict[str, pd.DataFrame], k: int) -> pd.DataFrame:
+    """How many of the k largest nodes two tasks share, for every two of the given tables of `patch` or `attribute`.
+
+    Positions are left aside, since tasks differ in them: a head counts by its largest score. Returns a line per two
+    tasks: first, second, value = |A and B| / k, shared (their names). The formula stands in ``.attrs`` (Merullo et al.
+    2024, arXiv 2310.08744, compare heads so).
+    """
+    import pandas as pd
+
+    best: dict[str, list[str]] = {}
+    for task, table in tables.items():
+        size = table.assign(size=table["value"].abs()).groupby("node", sort=False)["size"].max()
+        if not 0 < k <= len(size):
+            raise ValueError(f"reuse: k={k}, and the table of {task!r} has {len(size)} nodes")
+        best[task] = list(size.sort_values(ascending=False, kind="stable").index[:k])
+    rows = [
+        {"first": a, "second": b, "value": len(set(best[a]) & set(best[b])) / k,
+         "shared": ", ".join(n for n in best[a] if n in best[b]), "metric": "overlap"}
+        for i, a in enumerate(best) for b in list(best)[i + 1 :]
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["first", "second", "value", "shared", "metric"])
+    frame.attrs |= {"formula": f"|top {k} of first and top {k} of second| / {k}", "k": k, "nodes": best}
     return frame

@@ -100,7 +100,7 @@ class Graph:
         self.m, self.level = m, level
         self._refuse()
         self.writers, self.readers = list(self._writers()), list(self._readers())
-        self.output: dict[int, Tensor] = self._output_maps() if level == "head" else {}
+        self.output: dict[int, Tensor] = output_maps(m) if level == "head" else {}
 
     def _refuse(self) -> None:
         places, absent = self.m.anatomy.places, self.m.anatomy.absent
@@ -209,50 +209,6 @@ class Graph:
             )
         return difference * real
 
-    def _output_maps(self) -> dict[int, Tensor]:
-        """What each head's output projection makes of z: layer -> [head, d_head, d_model].
-
-        Found by feeding unit vectors: one token for each coordinate of z, all layers in one run. Whatever the family
-        calls the projection and however it stores it, this is the map that the model applies.
-        """
-        m = self.m
-        shape = {i: (s["head"], s["d_head"]) for (n, i), s in m.anatomy.sizes.items() if n == "z" and i is not None}
-        most = max(h * d for h, d in shape.values()) + 1
-        width = min(most, m.n_ctx or most, 256)
-        rows = -(-most // width)
-        ids = torch.zeros(rows, width, dtype=torch.long, device=m.device)
-        feed = []
-        for i, (heads, d) in shape.items():
-            unit = torch.zeros(rows * width, heads * d, device=m.device, dtype=m.dtype)
-            unit[: heads * d].fill_diagonal_(1.0)
-            feed.append(edits.replace(f"z[{i}]", unit.view(rows, width, heads, d)))
-        with torch.no_grad(), m.intervene(*feed):
-            acts = m.capture(ids, [f"attn_out[{i}]" for i in shape])
-        maps = {}
-        for i, (heads, d) in shape.items():
-            out = acts[f"attn_out[{i}]"].flatten(0, 1)
-            linear = out[: heads * d] - out[heads * d]  # the token after the last coordinate was fed zeros: the bias
-            self._check_linear(i, acts, linear)
-            maps[i] = linear.view(heads, d, -1)
-        return maps
-
-    def _check_linear(self, layer: int, acts: Activations, linear: Tensor) -> None:
-        """A norm behind attention makes all outputs of one length; a projection does not scale so: 2 z gives 2 out."""
-        m = self.m
-        heads, d = m.anatomy.sizes["z", layer]["head"], m.anatomy.sizes["z", layer]["d_head"]
-        probe = torch.zeros(1, 2, heads, d, device=m.device, dtype=m.dtype)
-        probe[0, 0] = 2.0
-        with torch.no_grad(), m.intervene(edits.replace(f"z[{layer}]", probe)):
-            out = m.capture(torch.zeros(1, 2, dtype=torch.long, device=m.device), f"attn_out[{layer}]")[
-                f"attn_out[{layer}]"
-            ][0]
-        expected, got = 2.0 * linear.sum(0), out[0] - out[1]
-        if float((expected - got).abs().max()) > 1e-2 * max(float(got.abs().max()), 1e-3):
-            raise GraphError(
-                f"attention's output in layer {layer} of {m.name} is not linear in its heads (a norm stands behind "
-                "it), so a head has no write of its own; use level='block'"
-            )
-
 
 @dataclass
 class _Through:
@@ -274,6 +230,50 @@ class Write:
 
     def __call__(self, h: Tensor, clock: Any, ids: Tensor | None = None, inputs: Any = ()) -> Tensor:
         return self.fn(h)
+
+
+def output_maps(m: Model) -> dict[int, Tensor]:
+    """What each head's output projection makes of z: layer -> [head, d_head, d_model].
+
+    Found by feeding unit vectors: one token for each coordinate of z, all layers in one run. Whatever the family
+    calls the projection and however it stores it, this is the map that the model applies.
+
+    Raises GraphError where a layer's output is not linear in z.
+    """
+    shape = {i: (s["head"], s["d_head"]) for (n, i), s in m.anatomy.sizes.items() if n == "z" and i is not None}
+    most = max(h * d for h, d in shape.values()) + 1
+    width = min(most, m.n_ctx or most, 256)
+    rows = -(-most // width)
+    feed = []
+    for i, (heads, d) in shape.items():
+        unit = torch.zeros(rows * width, heads * d, device=m.device, dtype=m.dtype)
+        unit[: heads * d].fill_diagonal_(1.0)
+        feed.append(edits.replace(f"z[{i}]", unit.view(rows, width, heads, d)))
+    with torch.no_grad(), m.intervene(*feed):
+        acts = m.capture(torch.zeros(rows, width, dtype=torch.long, device=m.device), [f"attn_out[{i}]" for i in shape])
+    maps = {}
+    for i, (heads, d) in shape.items():
+        out = acts[f"attn_out[{i}]"].flatten(0, 1)
+        linear = out[: heads * d] - out[heads * d]  # the token after the last coordinate was fed zeros: the bias
+        _check_linear(m, i, linear)
+        maps[i] = linear.view(heads, d, -1)
+    return maps
+
+
+def _check_linear(m: Model, layer: int, linear: Tensor) -> None:
+    """A norm behind attention makes all outputs of one length; a projection does not: twice everything gives twice."""
+    heads, d = m.anatomy.sizes["z", layer]["head"], m.anatomy.sizes["z", layer]["d_head"]
+    probe = torch.zeros(1, 2, heads, d, device=m.device, dtype=m.dtype)
+    probe[0, 0] = 2.0
+    site = f"attn_out[{layer}]"
+    with torch.no_grad(), m.intervene(edits.replace(f"z[{layer}]", probe)):
+        out = m.capture(torch.zeros(1, 2, dtype=torch.long, device=m.device), site)[site][0]
+    expected, got = 2.0 * linear.sum(0), out[0] - out[1]
+    if float((expected - got).abs().max()) > 1e-2 * max(float(got.abs().max()), 1e-3):
+        raise GraphError(
+            f"attention's output in layer {layer} of {m.name} is not linear in its heads (a norm stands behind it), so "
+            "a head has no write of its own; use level='block'"
+        )
 
 
 def mask_of(graph: Graph, edges: Sequence[tuple[str, str]]) -> Tensor:
