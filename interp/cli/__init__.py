@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from interp.cli import ablate, capture, demo, doctor, sae, steer, study
+from interp.cli import ablate, capture, demo, doctor, patch, sae, steer, study
 from interp.cli.common import USER_ERRORS, fail, stderr, stdout
 from interp.version import __version__
 
@@ -30,6 +30,7 @@ app.command("capture")(capture.command)
 app.command("ablate")(ablate.command)
 app.command("study")(study.command)
 app.command("steer")(steer.command)
+app.command("patch")(patch.command)
 app.command("doctor")(doctor.command)
 app.add_typer(sae.app, name="sae")
 
