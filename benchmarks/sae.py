@@ -109,7 +109,7 @@ def timed(arch: str, d_sae: int, batch: int, rounds: int, seconds: float, autoca
     if autocast:
         second = theirs(arch, d_sae, 10**9, batch, 0, autocast=True)
         runs["SAELens, autocast"] = lambda: second.step(next(feeds["SAELens, autocast"]))
-    times = interleave(runs, rounds, seconds=seconds, warmups=2)
+    times = interleave(runs, rounds, seconds=seconds, warmups=1)
     best = min((name for name in times if name != "interp"), key=lambda name: times[name].best)
     row: dict[str, Any] = {"arch": arch, "d_sae": d_sae, "batch": batch, "best of SAELens": best}
     for name, taken in times.items():

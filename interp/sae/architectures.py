@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from interp.sae import pursuit
-from interp.sae.kernels import Support, decode, pre_activations
-from interp.sae.select import above, batch_top_k, top_k
+from interp.sae.kernels import Full, Support, decode, pre_activations
+from interp.sae.select import above, batch_top_k, busy, top_k
 from interp.sae.settings import Settings
 
 Weights = dict[str, Tensor]
@@ -57,7 +57,7 @@ class Step:
     """What a forward pass gives: the loss to descend, its parts, the codes, and the reconstruction [row, d_out]."""
 
     loss: Tensor
-    support: Support
+    support: Support | Full
     values: Tensor
     output: Tensor
     parts: dict[str, float] = field(default_factory=dict)
@@ -106,7 +106,7 @@ def centred(w: Weights, x: Tensor, s: Settings) -> tuple[Tensor, Tensor | None]:
     return (x - w["b_dec"].detach(), w["b_dec"]) if s.shape == "autoencoder" else (x, None)
 
 
-def reconstruct(w: Weights, x: Tensor, values: Tensor, support: Support) -> Tensor:
+def reconstruct(w: Weights, x: Tensor, values: Tensor, support: Support | Full) -> Tensor:
     out = decode(values, w["decoder"], support) + w["b_dec"]
     return out + x @ w["skip"].T if "skip" in w else out
 
@@ -156,14 +156,17 @@ def _kept(w: Weights, x: Tensor, state: State, s: Settings) -> Any:
     if norms is not None:
         encoder, bias = encoder * norms.detach()[:, None], bias * norms.detach()
     assert s.k is not None
+    half = s.encode == "bfloat16"
     if s.arch == "topk":
-        support, found = top_k(xc, encoder, bias, int(s.k))
+        support, found = top_k(xc, encoder, bias, int(s.k), half)
     else:
-        support, found = batch_top_k(xc, encoder, bias, s.k, state.threshold)
+        support, found = batch_top_k(xc, encoder, bias, s.k, state.threshold, half)
+    given = None if half else found  # values are float32: what was found in bfloat16 is computed again
     if norms is None:
-        return xc, centre, None, support, pre_activations(xc, centre, w["encoder"], w["b_enc"], support, found).relu()
+        return xc, centre, None, support, pre_activations(xc, centre, w["encoder"], w["b_enc"], support, given).relu()
     here = norms[support.ids]
-    p = pre_activations(xc, centre, w["encoder"], w["b_enc"], support, found / here.detach())
+    given = None if given is None else given / here.detach()
+    p = pre_activations(xc, centre, w["encoder"], w["b_enc"], support, given)
     return xc, centre, norms, support, (p * here).relu()
 
 
@@ -203,18 +206,28 @@ def _follow(state: State, z: Tensor, s: Settings) -> None:
 
 
 # -- the relu family -------------------------------------------------------------------------------------------
-def _relu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
+def _exceeding(w: Weights, x: Tensor, s: Settings, threshold: Tensor | float) -> tuple[Support | Full, Tensor]:
+    """Pre-activations above a threshold, or all of them where most are: (support, p)."""
     xc, centre = centred(w, x, s)
-    support, found = above(xc, w["encoder"].detach(), w["b_enc"].detach(), 0.0)
-    z = pre_activations(xc, centre, w["encoder"], w["b_enc"], support, found)
+    encoder, bias = w["encoder"].detach(), w["b_enc"].detach()
+    if busy(xc, encoder, bias, threshold):
+        full = Full(len(xc), s.d_sae)
+        return full, pre_activations(xc, centre, w["encoder"], w["b_enc"], full)
+    support, found = above(xc, encoder, bias, threshold)
+    return support, pre_activations(xc, centre, w["encoder"], w["b_enc"], support, found)
+
+
+def _relu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
+    support, p = _exceeding(w, x, s, 0.0)
+    z = p.relu()
     output = reconstruct(w, x, z, support)
     error = squared_error(y, output)
     coefficient = _sparsity(state, s)
     if s.arch == "panneal":
         _anneal(state, z.detach(), s)
-        penalty = state.factor * (z + 1e-12).pow(state.p).sum() / len(x)
+        penalty = state.factor * _power(z, state.p).sum() / len(x)
     else:
-        penalty = (z * penalty_norms(w["decoder"], s)[support.ids]).sum() / len(x)
+        penalty = (z * support.at(penalty_norms(w["decoder"], s))).sum() / len(x)
     parts = {"mse": float(error.detach()), "sparsity": float(penalty.detach())}
     return Step(error + coefficient * penalty, support, z.detach(), output.detach(), parts)
 
@@ -224,26 +237,29 @@ def _sparsity(state: State, s: Settings) -> float:
     return s.sparsity * (min(1.0, state.done / s.sparsity_warmup) if s.sparsity_warmup else 1.0)
 
 
+def _power(z: Tensor, p: float) -> Tensor:
+    """z^p, 0 at 0, with a finite slope there."""
+    return z * (z + 1e-12).pow(p - 1)
+
+
 def _anneal(state: State, z: Tensor, s: Settings) -> None:
     """p falls in ten steps from 1 to p_end; at each the penalty keeps its size on this batch."""
     along = max(0.0, (state.done - s.p_start_at) / max(1e-9, 1 - s.p_start_at))
     p = 1 - (1 - s.p_end) * min(1.0, int(along * 10 + 1e-9) / 10)
     if p != state.p and len(z):
-        state.factor *= float((z + 1e-12).pow(state.p).sum() / (z + 1e-12).pow(p).sum().clamp_min(1e-12))
+        state.factor *= float(_power(z, state.p).sum() / _power(z, p).sum().clamp_min(1e-12))
         state.p = p
 
 
 def _gated(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
-    xc, centre = centred(w, x, s)
-    support, found = above(xc, w["encoder"].detach(), w["b_enc"].detach(), 0.0)
-    gate = pre_activations(xc, centre, w["encoder"], w["b_enc"], support, found)  # pi, positive here
-    ids = support.ids
-    z = ((gate - w["b_enc"][ids]) * w["r_mag"].exp()[ids] + w["b_mag"][ids]).relu()
+    support, p = _exceeding(w, x, s, 0.0)
+    at, gate = support.at, p.relu()
+    z = (p > 0) * ((p - at(w["b_enc"])) * at(w["r_mag"].exp()) + at(w["b_mag"])).relu()
     output = reconstruct(w, x, z, support)
     error = squared_error(y, output)
     frozen = {name: weight.detach() for name, weight in w.items()}  # the decoder learns from the real codes alone
     helper = squared_error(y, reconstruct(frozen, x, gate, support))
-    penalty = (gate * penalty_norms(w["decoder"], s)[ids]).sum() / len(x)
+    penalty = (gate * at(penalty_norms(w["decoder"], s))).sum() / len(x)
     parts = {"mse": float(error.detach()), "sparsity": float(penalty.detach()), "gate": float(helper.detach())}
     return Step(error + helper + _sparsity(state, s) * penalty, support, z.detach(), output.detach(), parts)
 
@@ -282,16 +298,13 @@ class _Count(torch.autograd.Function):
 
 
 def _jumprelu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
-    xc, centre = centred(w, x, s)
     assert s.bandwidth is not None
     with torch.no_grad():
         w["threshold"].clamp_(min=0)
     reach = w["threshold"].detach() - s.bandwidth / 2  # below the threshold an entry can still teach it
-    support, found = above(xc, w["encoder"].detach(), w["b_enc"].detach(), reach)
-    p = pre_activations(xc, centre, w["encoder"], w["b_enc"], support, found)
-    threshold = w["threshold"][support.ids]
+    support, p = _exceeding(w, x, s, reach)
+    threshold = support.at(w["threshold"]).expand_as(p)
     z = _Jump.apply(p, threshold, s.bandwidth)
-    fires = z.detach() != 0
     output = reconstruct(w, x, z, support)
     error = squared_error(y, output)
     count = _Count.apply(p, threshold, s.bandwidth)
@@ -301,7 +314,7 @@ def _jumprelu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> St
         penalty = (count.sum() / len(x) / s.k - 1).square()
     parts = {"mse": float(error.detach()), "sparsity": float(penalty.detach())}
     loss = error + _sparsity(state, s) * penalty
-    return Step(loss, support.where(fires), z.detach()[fires], output.detach(), parts)
+    return Step(loss, support, z.detach(), output.detach(), parts)
 
 
 # -- matching pursuit ------------------------------------------------------------------------------------------

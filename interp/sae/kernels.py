@@ -9,9 +9,11 @@ G the gradients of the entries, a step is::
     dG = <dx', D[ids]>                       sampled products
     dD = P^T dx',   dE = G^T x               embedding bags again: one bag per *latent*, over its tokens
 
-so of the five dense products of an ordinary step one is left (Gao et al. 2024, arXiv:2406.04093, appendix D). Where
-codes are not sparse (a fresh ReLU SAE fires everywhere) the same functions go through dense matrices: `DENSE_ABOVE`.
-Both ways are the same numbers up to rounding; the tests hold them against the literal dense formulas.
+so of the five dense products of an ordinary step one is left (Gao et al. 2024, arXiv:2406.04093, appendix D).
+
+Where codes are not sparse the same functions go through dense matrices: above a share of `DENSE_ABOVE` for single
+products, and from the outset where every entry is kept (`Full`), as for a fresh ReLU SAE, which fires everywhere. All
+ways are the same numbers up to rounding; the tests hold them against the literal dense formulas.
 """
 
 from __future__ import annotations
@@ -66,6 +68,14 @@ class Support:
         out[self.rows, self.ids] = values
         return out
 
+    def at(self, per_latent: Tensor) -> Tensor:
+        """A value per latent [d_sae] at the entries [entry]."""
+        return per_latent[self.ids]
+
+    def fired(self, values: Tensor) -> Tensor:
+        """Tokens at which each latent is positive [d_sae]."""
+        return torch.bincount(self.ids[values > 0], minlength=self.d_sae)
+
     def where(self, keep: Tensor) -> Support:
         """The entries for which `keep` [entry] is True."""
         return Support(self.rows[keep], self.ids[keep], self.n_rows, self.d_sae)
@@ -84,6 +94,20 @@ class Support:
         starts = torch.arange(0, ids.numel() + 1, max(1, ids.shape[1]), device=ids.device)
         support.__dict__["starts"] = starts if ids.shape[1] else starts.new_zeros(len(ids) + 1)
         return support
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every (token, latent) pair: values are a matrix [row, d_sae], and a value per latent is a row that broadcasts."""
+
+    n_rows: int
+    d_sae: int
+
+    def at(self, per_latent: Tensor) -> Tensor:
+        return per_latent
+
+    def fired(self, values: Tensor) -> Tensor:
+        return (values > 0).sum(0)
 
 
 def _starts(keys: Tensor, n: int, ordered: bool = True) -> Tensor:
@@ -163,7 +187,12 @@ class _PreActivations(torch.autograd.Function):
 
 
 def pre_activations(
-    x: Tensor, centre: Tensor | None, encoder: Tensor, bias: Tensor, support: Support, given: Tensor | None = None
+    x: Tensor,
+    centre: Tensor | None,
+    encoder: Tensor,
+    bias: Tensor,
+    support: Support | Full,
+    given: Tensor | None = None,
 ) -> Tensor:
     """(x E^T + b) at the entries of a support [entry], differentiable in E, b and the centre.
 
@@ -175,6 +204,10 @@ def pre_activations(
         support: the entries.
         given: the result [entry], where the choice of the support has computed it already.
     """
+    if isinstance(support, Full):
+        if centre is not None:  # nothing is added, but the gradient reaches the centre
+            bias = bias - encoder @ (centre - centre.detach())
+        return torch.nn.functional.linear(x, encoder, bias)
     return _PreActivations.apply(x, centre, encoder, bias, support, given)
 
 
@@ -196,6 +229,8 @@ class _Decode(torch.autograd.Function):
         return d_values, d_decoder, None
 
 
-def decode(values: Tensor, decoder: Tensor, support: Support) -> Tensor:
+def decode(values: Tensor, decoder: Tensor, support: Support | Full) -> Tensor:
     """Sum of values * D[ids] per token [row, d_out], differentiable in values [entry] and D [d_sae, d_out]."""
+    if isinstance(support, Full):
+        return values @ decoder
     return _Decode.apply(values, decoder, support)

@@ -6,7 +6,7 @@ matrix [token, latent] of a batch (300 MB at 18,432 latents) is never whole. Cho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,14 +14,23 @@ from torch import Tensor
 from interp.sae.kernels import Support
 
 CHUNK = 1024  # tokens
+BUSY = 0.05  # share of entries
 _GROUPS = 8
 _MARGIN = 0.8  # of the expected threshold of a batch: what is above it is looked at
 
 Chosen = tuple[Support, Tensor]
 
 
-def chunks(x: Tensor, encoder: Tensor, bias: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first token, pre-activations [token, d_sae]); the buffer is used again for the next."""
+def chunks(x: Tensor, encoder: Tensor, bias: Tensor, half: bool = False) -> Iterator[tuple[int, Tensor]]:
+    """(first token, pre-activations [token, d_sae]); the buffer is used again for the next.
+
+    With `half` the products are taken in bfloat16.
+    """
+    if half:
+        short = encoder.bfloat16()
+        for start in range(0, len(x), CHUNK):
+            yield start, (x[start : start + CHUNK].bfloat16() @ short.T).float().add_(bias)
+        return
     buffer = x.new_empty(min(CHUNK, len(x)), len(encoder))
     for start in range(0, len(x), CHUNK):
         part = x[start : start + CHUNK]
@@ -38,10 +47,10 @@ def _nonzero(mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> Chosen:
+def top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: int, half: bool = False) -> Chosen:
     """The k largest pre-activations of each token, and their values, negative ones included."""
     ids, values = [], []
-    for _, p in chunks(x, encoder, bias):
+    for _, p in chunks(x, encoder, bias, half):
         value, place = largest(p, k)
         ids.append(place)
         values.append(value)
@@ -66,10 +75,10 @@ def largest(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float) -> Chosen:
+def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float, half: bool = False) -> Chosen:
     """All pre-activations above a threshold (one number, or one per latent [d_sae]), and their values."""
     places, values = [], []
-    for start, p in chunks(x, encoder, bias):
+    for start, p in chunks(x, encoder, bias, half):
         found = _nonzero(p > threshold)
         places.append(found + start * len(encoder))
         values.append(p.flatten()[found])
@@ -77,7 +86,7 @@ def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float) -
 
 
 @torch.no_grad()
-def batch_top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: float, guess: float = 0.0) -> Chosen:
+def batch_top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: float, guess: float = 0.0, half: bool = False) -> Chosen:
     """The k * tokens largest positive pre-activations of the whole batch (Bussmann et al. 2024, arXiv:2412.06410).
 
     `guess` is what the smallest of them was in recent batches (0: unknown). Only what exceeds a little less is
@@ -87,13 +96,17 @@ def batch_top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: float, guess: float
     if guess <= 0:  # a few tokens tell about where it lies
         p = torch.addmm(bias, x[:64], encoder.T).flatten()
         guess = float(p.topk(min(int(k * len(x[:64])), len(p)), sorted=False).values.min())
-    support, values = above(x, encoder, bias, max(0.0, guess * _MARGIN))
+    support, values = above(x, encoder, bias, max(0.0, guess * _MARGIN), half)
     if len(values) < wanted and guess > 0:
-        support, values = above(x, encoder, bias, 0.0)
+        support, values = above(x, encoder, bias, 0.0, half)
     if len(values) > wanted:
         kept = values.topk(wanted, sorted=False).indices.sort().values
         support, values = Support(support.rows[kept], support.ids[kept], len(x), len(encoder)), values[kept]
     return support, values
 
 
-Choice = Callable[[Tensor, Tensor, Tensor], Chosen]
+@torch.no_grad()
+def busy(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float) -> bool:
+    """Whether so many pre-activations exceed the threshold that dense arithmetic is the quicker; seen on 128 tokens."""
+    p = torch.addmm(bias, x[:: max(1, len(x) // 128)][:128], encoder.T)
+    return float((p > threshold).float().mean()) > BUSY

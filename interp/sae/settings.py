@@ -43,6 +43,8 @@ class Settings:
         k_aux: dead latents used in it, per token.
         dead_after: tokens without firing after which a latent counts as dead.
         widths: matryoshka: latents of each nested prefix; the last is d_sae.
+        encode: precision in which topk, batchtopk and matryoshka *choose* latents: float32, or bfloat16 where the
+            processor is quicker at it (AMX, GPUs); their values are float32 either way.
         scale: inputs are divided so that their mean norm is sqrt(d_in); folded into the weights at the end.
         outliers: tokens whose norm exceeds the median's this many times are left out and counted; None keeps all.
         seed: of the initial weights and of the order of the data.
@@ -79,6 +81,7 @@ class Settings:
     k_aux: int | None = None
     dead_after: int | None = None
     widths: tuple[int, ...] = ()
+    encode: str = "float32"
     scale: bool = True
     outliers: float | None = 10.0
     seed: int = 0
@@ -137,6 +140,8 @@ def complete(s: Settings) -> Settings:
         raise SAEError(f"arch='mp' with shape={s.shape!r}: pursuit reconstructs what it reads, so it has one site")
     if s.decoder_norm not in (None, "unit", "free"):
         raise SAEError(f"decoder_norm={s.decoder_norm!r}: expected 'unit' or 'free'")
+    if s.encode not in ("float32", "bfloat16"):
+        raise SAEError(f"encode={s.encode!r}: expected 'float32' or 'bfloat16'")
     filled: dict[str, Any] = {**_GENERAL, **DEFAULTS[s.arch]}
     filled["lr"] = filled.get("lr", 2e-4 / (s.d_sae / 2**14) ** 0.5)
     filled["k_aux"] = max(1, min(s.d_in // 2, s.d_sae))

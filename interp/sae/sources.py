@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from interp.store import ActivationDataset
 
 Batch = dict[str, Tensor]
+#: What a tensor is called that comes without a site.
+UNNAMED = "activations"
 _ENDLESS = 1 << 30  # epochs
 
 
@@ -119,6 +121,12 @@ def tensors(given: Mapping[str, Tensor], seed: int) -> Indexed:
 def dataset(ds: ActivationDataset, sites: Sequence[str], seed: int) -> Indexed:
     """An activation dataset on disk."""
     rows = {str(site): ds[site] for site in sites}
+    for site in rows if ds.complete else ():
+        if bad := ds.statistics(site).nonfinite:
+            raise SAEError(
+                f"{site}: {bad} of {ds.n_rows} tokens in {ds.path} hold NaN or infinity; find out which text or layer "
+                "makes them, and write the dataset without it"
+            )
     columns = {site: (lambda i, r=r: _flat(r.gather(i))) for site, r in rows.items()}
     return Indexed(columns, ds.n_rows, seed, f"{ds.n_rows} tokens of {ds.path.name}", ds.content_sha256)
 

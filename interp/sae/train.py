@@ -7,6 +7,10 @@
 
 Reading activations costs more than learning from them, so `train_many` trains any number of SAEs, at any sites, in one
 pass over the data.
+
+**Several processes** (``torchrun --nproc-per-node 2 train.py``): where ``torch.distributed`` has been initialised,
+every process makes the same call; each takes its share of every batch, gradients are averaged, and all end with the
+same weights. Only the first writes checkpoints and shows the bar. batchtopk then chooses within each share.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from interp.bridges.sae_lens import SAEError
 from interp.sae import checkpoint as checkpoints
 from interp.sae.autoencoder import SAE
 from interp.sae.settings import Settings, complete
-from interp.sae.sources import Live, Source, open_source, site_name
+from interp.sae.sources import UNNAMED, Live, Source, open_source, site_name
 from interp.sae.trainer import Trainer, warn_if_few
 
 _SAMPLE = 8192  # tokens from which scales and b_dec are estimated
@@ -34,7 +38,7 @@ _OPTIONS = {f.name for f in fields(Settings)} - _OWN
 
 def train(
     source: Any,
-    site: Any = "resid_post[0]",
+    site: Any = None,
     *,
     arch: str = "batchtopk",
     d_sae: int,
@@ -56,7 +60,8 @@ def train(
     Args:
         source: a tensor [row, d]; a mapping from site to tensors; an `interp.store` dataset or its directory; or
             ``(model, texts)``.
-        site: what to read. A list of sites makes a crosscoder (Lindsey et al. 2024).
+        site: what to read. A list of sites makes a crosscoder (Lindsey et al. 2024). Only a tensor needs none, and its
+            SAE then does not know where it belongs.
         arch: standard | gated | panneal | jumprelu | topk | batchtopk | matryoshka | mp; see `interp.sae.settings`.
         d_sae: latents.
         k: latents per token.
@@ -140,7 +145,7 @@ def train_many(
 def _plan(run: Mapping[str, Any], source: Any) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]:
     """(sites, targets, other settings) of one SAE."""
     options = dict(run)
-    site, target = options.pop("site", "resid_post[0]"), options.pop("target", None)
+    site, target = options.pop("site", None), options.pop("target", None)
     unknown = [key for key in options if key not in _OPTIONS]
     if unknown:
         raise SAEError(
@@ -155,6 +160,10 @@ def _plan(run: Mapping[str, Any], source: Any) -> tuple[tuple[str, ...], tuple[s
             return tuple(str(found) for found in resolve(listed))
         return tuple(site_name(one) for one in listed)
 
+    if site is None:
+        if not isinstance(source, Tensor) or target is not None:
+            raise SAEError("site: say what to read, such as site='resid_post[5]'")
+        return (UNNAMED,), (UNNAMED,), options
     sites = names(site)
     return sites, sites if target is None else names(target), options
 

@@ -29,6 +29,7 @@ from interp.sae.architectures import (
 )
 from interp.sae.autoencoder import SAE
 from interp.sae.settings import Settings
+from interp.sae.sources import UNNAMED
 
 Row = dict[str, float]
 
@@ -116,8 +117,8 @@ class Trainer:
         self.optimizer.step()
         if has_unit_rows(s):
             renormalise(self.weights["decoder"])
-        fired = torch.bincount(out.support.ids[out.values > 0], minlength=s.d_sae) > 0
-        state.silent += len(x)
+        fired = out.support.fired(out.values) > 0
+        state.silent += len(x) * _world()
         state.silent[_any(fired)] = 0
         state.steps += 1
         if log:
@@ -126,9 +127,8 @@ class Trainer:
 
     def _shared(self) -> None:
         """Data parallel: every process has its part of each batch, and all take the same step."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        if (world := _world()) == 1:
             return
-        world = torch.distributed.get_world_size()
         for weight in self.weights.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -205,14 +205,26 @@ class Trainer:
         return SAE(
             decoder, w["b_dec"] / self.scale_out, encoder, b_enc, arch,
             k=int(s.k) if arch in ("topk", "mp") and s.k is not None else None,
-            sites=self.sites, targets=self.targets, centred=s.shape == "autoencoder", metadata=about,
+            sites=named(self.sites), targets=named(self.targets), centred=s.shape == "autoencoder", metadata=about,
             history=history, **extra,
         )  # fmt: skip
 
 
+def named(sites: tuple[str, ...]) -> tuple[str, ...]:
+    """The sites of an SAE; none where it was trained on a tensor without a name."""
+    return () if sites == (UNNAMED,) else sites
+
+
+def _world() -> int:
+    """Processes that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
 def _any(fired: Tensor) -> Tensor:
     """True where a latent fired in any process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _world() > 1:
         counts = fired.int()
         torch.distributed.all_reduce(counts)
         return counts > 0

@@ -151,6 +151,13 @@ def test_resuming_with_other_settings_shows_the_difference(data: Planted, tmp_pa
         sae.train(data.x, **options)
 
 
+def test_choosing_in_bfloat16_hardly_changes_the_loss(data: Planted) -> None:
+    options = {"arch": "batchtopk", "d_sae": 32, "k": 2.2, "tokens": 20_000, "lr": 1e-2, **QUIET}
+    full, half = sae.train(data.x, **options), sae.train(data.x, encode="bfloat16", **options)
+    assert fvu(half, data.x) < 1.1 * fvu(full, data.x)
+    assert not torch.equal(full.decoder, half.decoder)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -160,9 +167,11 @@ def test_resuming_with_other_settings_shows_the_difference(data: Planted, tmp_pa
         ({"arch": "vanilla"}, "arch='vanilla': expected one of"),
         ({"sparsness": 3.0}, "sparsness=3.0: no such setting"),
         ({"d_sae": 0}, "d_sae=0"),
+        ({"encode": "int8"}, "encode='int8'"),
         ({"batch_size": 5000}, "only 4096 tokens"),
         ({"site": "resid_pots[3]"}, "resid_post"),
-        ({"target": "resid_post[9]"}, "one tensor for 2 sites"),
+        ({"site": "resid_post[0]", "target": "resid_post[9]"}, "one tensor for 2 sites"),
+        ({"target": "resid_post[9]"}, "say what to read"),
         ({"skip": True}, "belongs to a transcoder"),
         ({"arch": "matryoshka", "widths": [8, 4, 32]}, "rising numbers"),
     ],
@@ -175,7 +184,7 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str, data: P
 def test_bad_data_is_refused(data: Planted, tmp_path: Path) -> None:
     x = data.x.clone()
     x[3000, 2] = torch.nan
-    with pytest.raises(sae.SAEError, match=r"1 of \d+ tokens at resid_post\[0\] hold NaN"):
+    with pytest.raises(sae.SAEError, match=r"1 of \d+ tokens at activations hold NaN"):
         sae.train(x, d_sae=32, k=3, tokens=4096, **QUIET)
     with pytest.raises(sae.SAEError, match="floating point"):
         sae.train(data.x.long(), d_sae=32, k=3, **QUIET)
@@ -183,6 +192,14 @@ def test_bad_data_is_refused(data: Planted, tmp_path: Path) -> None:
         sae.train(3, d_sae=32, k=3, **QUIET)
     with pytest.raises(sae.SAEError, match=r"'resid_post\[4\]' is not in the source"):
         sae.train({"resid_post[0]": data.x}, site="resid_post[4]", d_sae=32, k=3, **QUIET)
+    m = interp.load("tiny:llama")
+    ids = torch.randint(0, 100, (4, 8)).tolist()
+    with torch.no_grad():
+        m.hf.get_input_embeddings().weight[ids[2][3]] = torch.nan
+    with pytest.warns(RuntimeWarning, match="NaN"):
+        ds = store.write(m, ids, "resid_post[1]", tmp_path, progress=False)
+    with pytest.raises(sae.SAEError, match=r"resid_post\[1\]: \d+ of 32 tokens in .* hold NaN"):
+        sae.train(ds, "resid_post[1]", d_sae=32, k=3, batch_size=8, progress=False)
     with pytest.raises(sae.SAEError, match="equally many rows"):
         sources.tensors({"a": data.x, "b": data.x[1:]}, 0)
     with pytest.raises(sae.SAEError, match="say on how many tokens"):
