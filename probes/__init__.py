@@ -23,6 +23,7 @@ _HOME = {
     "by_layer": "sweep", "by_site": "sweep", "tcav": "concepts", "TcavResult": "concepts",
     "interval": "scores", "auroc": "scores", "calibration": "scores", "description_length": "scores",
     "calibrated": "calibrate", "edit": "intervening", "causal": "intervening", "save": "disk", "load": "disk",
+    "massive": "outliers", "massive_effect": "outliers", "massive_attention": "outliers",
     "ProbeError": "errors", "ProbeWarning": "errors",
 }  # fmt: skip
 
