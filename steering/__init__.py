@@ -20,6 +20,9 @@ from steering.disk import load
 from steering.east import action_entropy, east
 from steering.errors import SteeringError
 from steering.evaluate import evaluate, summarise, verdict
+from steering.examples import example_pairs
+from steering.export_gguf import from_gguf, to_gguf
+from steering.export_hook import to_hook
 from steering.ext_sub import ext_sub
 from steering.fit_actadd import actadd
 from steering.fit_affine import Nearer, affine, affine_map
@@ -37,10 +40,12 @@ from steering.fit_reversal import reversal, reversed_generation
 from steering.fit_sae import largest_activation, sae_latent
 from steering.fit_transport import act, transport_map
 from steering.gates import Condition, conditional, find_condition
+from steering.importers import from_repeng, from_steering_vectors
 from steering.lettered import ab
 from steering.planted import Planted
 from steering.pres import pres
 from steering.propensity import propensities, slopes
+from steering.reasoning import final_logits, reasoning_vector, solved
 from steering.report import Report, report
 from steering.schedules import between, scheduled
 from steering.surgery import behaviour_probe, surgery
@@ -83,9 +88,14 @@ __all__ = [
     "east",
     "equalise",
     "evaluate",
+    "example_pairs",
     "ext_sub",
+    "final_logits",
     "find_condition",
     "fluency",
+    "from_gguf",
+    "from_repeng",
+    "from_steering_vectors",
     "function_vector",
     "iti",
     "largest_activation",
@@ -105,6 +115,7 @@ __all__ = [
     "projections",
     "propensities",
     "random_like",
+    "reasoning_vector",
     "refusal",
     "report",
     "reversal",
@@ -113,10 +124,13 @@ __all__ = [
     "scheduled",
     "shuffled",
     "slopes",
+    "solved",
     "steermoe",
     "summarise",
     "surgery",
     "sweep",
+    "to_gguf",
+    "to_hook",
     "transport_map",
     "verdict",
     "without",
