@@ -8,6 +8,10 @@
     table = experts.evaluate(m, law, held_out, controls=20)          what that did, beside random experts
     path  = experts.resect(m, law, "without-law")                    a checkpoint that is so for good
 
+    guess = experts.attribute(m, texts)                              every removal at once, estimated
+    exact = experts.sweep(m, texts)                                  and measured
+    moe   = experts.split(dense, n=16)                               experts made of a dense model's MLPs
+
 The same words work on Monet's pairs, on the routed experts of any Mixture of Experts, and, with kind="neurons", on the
 MLP neurons of a dense model, so that the three can be compared (`interp.experts.units`).
 """
@@ -16,17 +20,22 @@ from __future__ import annotations
 
 from interp.experts.ablate import MODES, Ablation, ablate
 from interp.experts.attribute import agreement, attribute
+from interp.experts.autonomy import autonomy
 from interp.experts.bake import resect
 from interp.experts.balance import load, saturation
 from interp.experts.batches import Corpus, corpus
 from interp.experts.coactivation import coactivation
 from interp.experts.collect import routing
 from interp.experts.controls import matched
+from interp.experts.dimensions import dimensions
+from interp.experts.divergence import divergence
+from interp.experts.dose import dose
 from interp.experts.evaluate import evaluate, switched_off
 from interp.experts.examples import examples
 from interp.experts.losses import Losses, losses
 from interp.experts.partition import Partition, partition
 from interp.experts.reference import Means, mean_outputs
+from interp.experts.relation import interference, recall
 from interp.experts.replay import replay
 from interp.experts.resection import at_damage, frontier, matrix, remove_each, summary
 from interp.experts.scores import auroc, correlation, lift, skew
@@ -55,12 +64,17 @@ __all__ = [
     "at_damage",
     "attribute",
     "auroc",
+    "autonomy",
     "coactivation",
     "corpus",
     "correlation",
+    "dimensions",
+    "divergence",
+    "dose",
     "evaluate",
     "examples",
     "frontier",
+    "interference",
     "lift",
     "load",
     "losses",
@@ -69,6 +83,7 @@ __all__ = [
     "mean_outputs",
     "neurons",
     "partition",
+    "recall",
     "remove_each",
     "replay",
     "resect",

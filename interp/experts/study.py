@@ -35,6 +35,7 @@ GRIDS: dict[str, list[tuple[str, dict[str, Sequence[float]]]]] = {
         ("skew", {"ratio": (1.25, 1.5, 2.0, 3.0)}),
         ("lift", {"ratio": (1.5, 2.0, 3.0, 5.0)}),
         ("top", {"share": (0.03, 0.0625, 0.125, 0.25)}),
+        ("rate", {"share": (0.03, 0.0625, 0.125, 0.25)}),
     ],
     "neurons": [("skew", {"ratio": (1.1, 1.25, 1.5, 2.0)}), ("top", {"share": (0.01, 0.03, 0.06, 0.12, 0.25)})],
 }
