@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from interp.cli import ablate, app, capture, demo, doctor, main, study
+from interp.cli import ablate, app, capture, demo, doctor, main, patch, steer, study
 from interp.cli.lines import rows, texts
 
-COMMANDS = {module.__name__.rpartition(".")[2]: module.command for module in (ablate, capture, demo, doctor, study)}
+COMMANDS = {
+    module.__name__.rpartition(".")[2]: module.command
+    for module in (ablate, capture, demo, doctor, patch, steer, study)
+}
 
 
 @pytest.fixture
