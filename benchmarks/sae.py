@@ -6,9 +6,10 @@
 
 Both train the same SAE: SAELens's initial weights, its parameterisation (free decoder norms, choices made as if they
 were 1), its learning rate, Adam and batches of 4096 activations of width 576 (sums of 24 of 2048 random directions,
-with exponential amounts). SAELens's step is its own `SAETrainer._train_step`, with and without autocast; its best
-counts. In each round every method makes one step, in shuffled order. What counts is the ratio of the fastest rounds
-and of the medians; CPU time (all threads) is beside it, since it does not grow while a neighbour has the processor.
+with exponential amounts). SAELens's step is its own `SAETrainer.step`; with ``--bfloat16`` also with autocast,
+beside our choice of latents in bfloat16, and the best of each counts. In each round every method makes one step, in
+shuffled order. What counts is the ratio of the fastest rounds and of the medians; CPU time (all threads) is beside it,
+since it does not grow while a neighbour has the processor.
 """
 
 from __future__ import annotations
@@ -80,14 +81,16 @@ def theirs(arch: str, d_sae: int, tokens: int, batch: int, seed: int, autocast: 
     return SAETrainer(setting, model, iter(()))
 
 
-def ours(arch: str, d_sae: int, tokens: int, batch: int, seed: int, like: Any, pool: Tensor) -> Trainer:
+def ours(
+    arch: str, d_sae: int, tokens: int, batch: int, seed: int, like: Any, pool: Tensor, encode: str = "float32"
+) -> Trainer:
     """Our trainer with the weights and the parameterisation of SAELens's trainer `like`."""
     free = arch != "mp"
     s = complete(Settings(
         arch, D_IN, D_IN, d_sae, k=K if arch in (*TOPK, "mp") else None, lr=3e-4, beta1=0.9, eps=1e-8, decay=0.0,
         batch_size=batch, tokens=tokens, decoder_norm="free" if free else "unit", init_norm=0.1 if free else 1.0,
         centre="zero", aux=1.0, dead_after=1000 * batch, scale=False, outliers=None, clip=None, seed=seed,
-        sparsity=1.0 if arch not in TOPK else None, sparsity_warmup=0.0, bandwidth=0.05, threshold=0.01,
+        encode=encode, sparsity=1.0 if arch not in TOPK else None, sparsity_warmup=0.0, bandwidth=0.05, threshold=0.01,
     ))  # fmt: skip
     trainer = Trainer(s, ("x",), ("x",), {"x": pool[:8192]})
     names = {"decoder": "W_dec", "b_dec": "b_dec", "b_enc": "b_gate" if arch == "gated" else "b_enc"}
@@ -98,25 +101,28 @@ def ours(arch: str, d_sae: int, tokens: int, batch: int, seed: int, like: Any, p
     return trainer
 
 
-def timed(arch: str, d_sae: int, batch: int, rounds: int, seconds: float, autocast: bool) -> dict[str, Any]:
+def timed(arch: str, d_sae: int, batch: int, rounds: int, seconds: float, half: bool) -> dict[str, Any]:
     pool = activations(8 * batch)
     runs: dict[str, Any] = {}
     first = theirs(arch, d_sae, 10**9, batch, 0)
     mine = ours(arch, d_sae, 10**9, batch, 0, first, pool)
-    feeds = {name: deal(pool, batch, 0) for name in ("interp", "SAELens", "SAELens, autocast")}
-    runs["interp"] = lambda: mine.step({"x": next(feeds["interp"])})
-    runs["SAELens"] = lambda: first.step(next(feeds["SAELens"]))
-    if autocast:
+    feed = deal(pool, batch, 0)
+    runs["interp"] = lambda: mine.step({"x": next(feed)})
+    runs["SAELens"] = lambda: first.step(next(feed))
+    if half:
+        short = ours(arch, d_sae, 10**9, batch, 0, first, pool, "bfloat16")
         second = theirs(arch, d_sae, 10**9, batch, 0, autocast=True)
-        runs["SAELens, autocast"] = lambda: second.step(next(feeds["SAELens, autocast"]))
+        runs["interp, bfloat16"] = lambda: short.step({"x": next(feed)})
+        runs["SAELens, autocast"] = lambda: second.step(next(feed))
     times = interleave(runs, rounds, seconds=seconds, warmups=1)
-    best = min((name for name in times if name != "interp"), key=lambda name: times[name].best)
-    row: dict[str, Any] = {"arch": arch, "d_sae": d_sae, "batch": batch, "best of SAELens": best}
+    best = min((n for n in times if n.startswith("SAELens")), key=lambda n: times[n].best)
+    our_best = min((n for n in times if n.startswith("interp")), key=lambda n: times[n].best)
+    row: dict[str, Any] = {"arch": arch, "d_sae": d_sae, "batch": batch, "compared": f"{our_best} against {best}"}
     for name, taken in times.items():
         row[f"{name}, ms"] = round(1e3 * taken.best)
         row[f"{name}, median ms"] = round(1e3 * statistics.median(taken.wall))
         row[f"{name}, CPU ms"] = round(1e3 * min(taken.cpu))
-    a, b = times[best], times["interp"]
+    a, b = times[best], times[our_best]
     row |= {"ratio": round(a.best / b.best, 2), "ratio of CPU": round(min(a.cpu) / min(b.cpu), 2),
             "ratio of medians": round(statistics.median(a.wall) / statistics.median(b.wall), 2),
             "rounds": len(b.wall), "activations/s": round(batch / b.best)}  # fmt: skip
@@ -157,7 +163,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=240.0, help="after so long no new round begins")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-autocast", action="store_true", help="leave out SAELens's autocast (slow without bf16)")
+    parser.add_argument("--bfloat16", action="store_true", help="also both with bfloat16; for processors that have it")
     parser.add_argument("--curve", action="store_true", help="compare the loss instead of the time")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
@@ -170,7 +176,7 @@ def main() -> None:
             if a.curve:
                 rows += curve(arch, d_sae, a.batch, a.steps, a.seeds)
             else:
-                rows.append(timed(arch, d_sae, a.batch, a.rounds, a.seconds, not a.no_autocast))
+                rows.append(timed(arch, d_sae, a.batch, a.rounds, a.seconds, a.bfloat16))
             for row in rows[-a.seeds if a.curve else -1 :]:
                 print(json.dumps(row), flush=True)
     if a.json:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.factored import FactoredExperts
 from interp.sae.autoencoder import SAE
 from interp.sae.dark import halves
 
@@ -41,21 +42,32 @@ def latents(s: SAE, acts: Activations) -> Tensor:
     return s.encode(s.read(acts)[acts.mask].float())
 
 
-def routing(acts: Activations, layer: int, *, norm: bool = False) -> Tensor:
-    """Router weights of the chosen experts at the real tokens, 0 elsewhere [row, expert]; with `norm` times |output|.
+def routing(acts: Activations, layer: int, *, norm: bool = False, experts: Sequence[int] | None = None) -> Tensor:
+    """Weights of experts at the real tokens, 0 where they were not chosen [row, expert]; with `norm` times |output|.
 
-    Needs ``expert_weight[layer]`` captured, and ``expert_out[layer]`` for the norms. Routed experts only: Monet's are
-    n^2 per layer and would not fit as columns; give `compare` the codes of those that you chose.
+    Needs ``expert_weight[layer]`` captured, for norms ``expert_out[layer]``; on Monet ``g1[layer]`` and ``g2[layer]``.
+
+    Args:
+        acts: what was captured.
+        layer: the layer.
+        norm: times the size of what each chosen expert puts out; not on Monet, whose outputs are never one by one.
+        experts: these only, in this order. Monet has n^2 per layer, too many for columns, so there they must be named;
+            `FactoredExperts.top` tells which weigh most.
     """
     found = acts.experts(layer)
-    if not hasattr(found, "ids"):
-        raise SAEError(f"layer {layer}: these experts are products of two factors; choose some and build their codes")
+    if isinstance(found, FactoredExperts):
+        if experts is None or norm:
+            raise SAEError(
+                f"layer {layer} has {found.n_experts} experts of two factors: give experts=..., without norm"
+            )
+        return found.weights(experts)[acts.mask].float()
     ids, weights = found.ids[acts.mask], found.weights[acts.mask].float()
     if norm:
         if found.out is None:
             raise SAEError(f"norm=True: capture 'expert_out[{layer}]' too")
         weights = weights * found.out[acts.mask].float().norm(dim=-1)
-    return weights.new_zeros(len(ids), found.n_experts).scatter_add(1, ids.clamp_min(0), weights * (ids >= 0))
+    codes = weights.new_zeros(len(ids), found.n_experts).scatter_add(1, ids.clamp_min(0), weights * (ids >= 0))
+    return codes if experts is None else codes[:, list(experts)]
 
 
 def neurons(acts: Activations, site: str) -> Tensor:

@@ -57,6 +57,21 @@ def test_routing_is_the_sparse_experts() -> None:
         versus.routing(m.capture(ids, "expert_weight[1]"), 1, norm=True)
 
 
+def test_monets_experts_are_named() -> None:
+    from interp.monet import MonetConfig, MonetForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"moe_experts": 8, "moe_heads": 2, "moe_dim": 4, "moe_topk": 2, "moe_groups": 1}
+    config = MonetConfig(**sizes, num_key_value_heads=2, **experts)
+    m = interp.load(MonetForCausalLM(config).eval())
+    acts = m.capture(torch.randint(0, 50, (3, 5)), ["g1[1]", "g2[1]"])
+    codes = versus.routing(acts, 1, experts=[0, 9, 63])
+    expected = (acts["g1[1]"][..., 1] * acts["g2[1]"][..., 1]).sum(-1).flatten()  # expert 9 is (1, 1) of 8 x 8
+    assert torch.allclose(codes[:, 1], expected)
+    with pytest.raises(sae.SAEError, match="64 experts of two factors"):
+        versus.routing(acts, 1)
+
+
 def test_bad_codes_are_refused() -> None:
     codes, x, labels, documents = features()
     with pytest.raises(sae.SAEError, match="negative"):
