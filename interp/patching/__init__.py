@@ -19,6 +19,7 @@ from interp.patching.nodes import Node, expand, window
 from interp.patching.pairs import Pairs
 from interp.patching.patch import patch
 from interp.patching.paths import path_patch
+from interp.patching.report_card import report_card
 from interp.patching.runs import Patcher, effects
 from interp.patching.self_repair import conditional
 from interp.patching.sweeps import sweep
@@ -44,6 +45,7 @@ __all__ = [
     "pairs",
     "patch",
     "path_patch",
+    "report_card",
     "subspace_patch",
     "sweep",
     "window",

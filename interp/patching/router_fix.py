@@ -81,5 +81,5 @@ def entering(change: Tensor, chosen: Tensor) -> Tensor:
     """
     new = (change > 0).any(1).scatter_(-1, chosen, False)  # [token, expert]
     most = int(new.sum(-1).max())
-    order = new.float().argsort(-1, descending=True, stable=True)[:, :most]
+    order = new.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
     return torch.where(new.gather(1, order), order, chosen[:, :1])

@@ -47,19 +47,3 @@ def one_by_one(
         with m.intervene(*patches):
             out.append(metric(m(base)) - before)
     return torch.stack(out)
-
-
-def linear_net(strength: float = 0.0, layers: int = 2, seed: int = 0) -> interp.Model:
-    """A GPT-2 without norms and with linear neurons: only attention is nonlinear, and that in the last layer only.
-
-    `strength` is the size of the last layer's queries and keys; with 0 every pattern is uniform and the net is linear.
-    """
-    hf: Any = interp.load("tiny:gpt2", activation_function="linear", n_layer=layers, seed=seed).hf
-    with torch.no_grad():
-        for i, block in enumerate(hf.transformer.h):
-            block.ln_1, block.ln_2 = torch.nn.Identity(), torch.nn.Identity()
-            d = hf.config.n_embd
-            for part in (block.attn.c_attn.weight, block.attn.c_attn.bias):
-                part[..., : 2 * d] *= strength**0.5 if i == layers - 1 else 0
-    hf.transformer.ln_f = torch.nn.Identity()
-    return interp.Model(hf, name="linear net")

@@ -18,7 +18,8 @@ from interp.patching.nodes import expand
 from interp.patching.qk_fix import KeyMoves, Others, QueryMoves, Scores, sigmoid_difference
 from interp.sites import Site
 
-from .conftest import differing, linear_net, logit_gap
+from .conftest import differing, logit_gap
+from .nets import linear_net
 
 HEADS, GROUP, WIDTH, D = 4, 2, 7, 5
 
