@@ -189,7 +189,7 @@ def test_bad_data_is_refused(data: Planted, tmp_path: Path) -> None:
     with pytest.raises(sae.SAEError, match="floating point"):
         sae.train(data.x.long(), d_sae=32, k=3, **QUIET)
     with pytest.raises(sae.SAEError, match="expected a tensor"):
-        sae.train(3, d_sae=32, k=3, **QUIET)
+        sae.train(3, "resid_post[0]", d_sae=32, k=3, **QUIET)
     with pytest.raises(sae.SAEError, match=r"'resid_post\[4\]' is not in the source"):
         sae.train({"resid_post[0]": data.x}, site="resid_post[4]", d_sae=32, k=3, **QUIET)
     m = interp.load("tiny:llama")
