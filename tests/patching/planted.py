@@ -170,3 +170,25 @@ def gate(kind: str) -> interp.Model:
     mlp.down.weight[3, 0] = 0.0 if kind == "and" else 1.0
     model.unembed.weight[ANSWER, 3] = 4.0
     return opened(model, f"{kind} gate")
+
+
+@torch.no_grad()
+def induction() -> interp.Model:
+    """... A B ... A -> B. Head 0 of layer 0 writes the token before; head 0 of layer 1 looks for it, and copies.
+
+    Dimensions of the stream: token, token before, output (6 each), position (8). The other heads do nothing.
+    """
+    model = blank(layers=2, heads=2, d_head=8, d_model=26, n_ctx=8, vocab=6)
+    plant_positions(model)
+    model.embed.weight[:, :6] = torch.eye(6)
+    sharp, before, copy = 60.0 * 8**0.5, model.layers[0].attn, model.layers[1].attn
+    for p in range(1, 8):
+        before.q.weight[p - 1, 18 + p] = sharp  # position p asks for position p - 1
+    before.k.weight[:8, 18:] = torch.eye(8)
+    for attn, end in ((before, 6), (copy, 12)):
+        attn.v.weight[:6, :6] = torch.eye(6)
+        attn.o.weight[end : end + 6, :6] = torch.eye(6)
+    copy.q.weight[:6, :6] = sharp * torch.eye(6)  # the present token asks for a place that came after it
+    copy.k.weight[:6, 6:12] = torch.eye(6)
+    model.unembed.weight[:, 12:18] = torch.eye(6)
+    return opened(model, "induction")

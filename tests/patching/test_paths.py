@@ -8,8 +8,10 @@ from torch import Tensor
 
 import interp
 from interp import edits
+from interp.patching.patch import patch
 from interp.patching.paths import path_patch
 from interp.patching.task import PatchError
+from tests.patching.planted import induction
 
 CLEAN, CORRUPT = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[5, 20, 7, 8, 9]])
 
@@ -82,3 +84,23 @@ def test_parallel_families_work_too() -> None:
 def test_what_is_no_path_is_refused(m: interp.Model, senders: str, receivers: str, through: str, message: str) -> None:
     with pytest.raises(PatchError, match=message):
         path_patch(m, CLEAN, CORRUPT, metric, senders, receivers, through=through)  # type: ignore[arg-type]
+
+
+def test_induction_goes_from_the_previous_token_head_to_the_induction_heads_keys() -> None:
+    """[_ A B C A] -> B, against [_ D B C A]: the planted path is the only one, and patching finds each of its ends."""
+    toy = induction()
+    clean, corrupt = torch.tensor([[5, 1, 2, 3, 1]]), torch.tensor([[5, 4, 2, 3, 1]])
+
+    def copied(logits: Tensor) -> Tensor:
+        return logits[:, -1, 2] - logits[:, -1, 3]
+
+    effect = {}
+    for part in "qkv":
+        table = path_patch(toy, clean, corrupt, copied, "z[0, head=*]", f"{part}[1, head=0]")
+        effect |= {(row.sender, part): row.value for row in table.itertuples()}
+    assert effect.pop(("z[0, head=0]", "k")) == pytest.approx(-1.0, abs=1e-4)
+    assert list(effect.values()) == pytest.approx([0.0] * 5, abs=1e-6)
+    nodes = patch(toy, clean, corrupt, copied, ["q[*]", "k[*]", "v[*]", "z[*]"], "noise")
+    large = nodes[nodes["value"].abs() > 0.5]
+    found = {f"{n}@{p}" for n, p in zip(large["node"], large["position"], strict=True)}
+    assert found == {"v[0, head=0]@1", "z[0, head=0]@2", "k[1, head=0]@2", "z[1, head=0]@4"}
