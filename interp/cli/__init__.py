@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from interp.cli import ablate, capture, demo, doctor, patch, sae, steer, study
+from interp.cli import ablate, capture, demo, doctor, experts, patch, sae, steer, study
 from interp.cli.common import USER_ERRORS, fail, stderr, stdout
 from interp.version import __version__
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.command)
 app.command("capture")(capture.command)
+app.command("experts")(experts.command)
 app.command("ablate")(ablate.command)
 app.command("study")(study.command)
 app.command("steer")(steer.command)
