@@ -101,9 +101,8 @@ def _first(difference: Tensor, count: int) -> Tensor:
     if not 0 <= count <= difference.numel():
         raise SteeringError(f"count={count}: expected 0..{difference.numel()} experts")
     top = difference.flatten().topk(count).indices
-    return (torch.zeros(difference.numel(), dtype=torch.bool).index_fill_(0, top, True)).view_as(difference) & (
-        difference > 0
-    )
+    taken = torch.zeros(difference.numel(), dtype=torch.bool).index_fill_(0, top, True)
+    return taken.view_as(difference) & (difference > 0)
 
 
 def _route(m: Any, stats: Any, up: Tensor, down: Tensor, margin: float, scope: Any, method: str) -> SteeringMap:

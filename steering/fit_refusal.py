@@ -91,10 +91,8 @@ def refusal(
         system: the template's system turn.
         batch_tokens: tokens run at once.
 
-    Raises SteeringError where no candidate passes (the table is in the message's exception as ``.table``).
+    Raises SteeringError where no candidate passes; the exception's ``.table`` has them all.
     """
-    import pandas as pd
-
     rows = {
         name: _pairs.texts(m, given, chat=chat, system=system, name=name)
         for name, given in zip(_NAMES, (present, absent, present_val, absent_val), strict=True)
@@ -103,32 +101,15 @@ def refusal(
     if filtered:
         rows = {name: _expected(m, name, r, first, batch_tokens) for name, r in rows.items()}
     positions = list(positions) if positions is not None else tail(rows["present"] + rows["absent"])
-    sites = sites_at(m, layer, "resid_pre")
-    a, b = (read(m, rows[name], sites, positions, batch_tokens) for name in ("present", "absent"))
-    plain = last_logits(m, rows["absent_val"], [], batch_tokens)
-    lines, directions = [], {}
-    for s in sites:
-        for i, position in enumerate(positions):
-            r = a[s][:, i].mean(0) - b[s][:, i].mean(0)
-            number = Site.parse(s).layer
-            directions[number, position] = (s, r)
-            scores = {"bypass": float("nan"), "induce": float("nan"), "kl": float("nan")}
-            if bool(torch.isfinite(r).all()) and float(r.norm()) > 0:
-                scores = _scores(m, s, r, rows, first, plain, batch_tokens)
-            lines.append({"layer": number, "position": position, **scores})
-    table = pd.DataFrame(lines)
+    table, directions = candidates(m, rows, first, sites_at(m, layer, "resid_pre"), positions, batch_tokens)
     finite = table[["bypass", "induce", "kl"]].notna().all(axis=1)
     shallow = table.layer < depth * m.n_layers
     table["kept"] = finite & shallow & (table.kl <= max_kl) & (table.induce >= min_induce)
-    settings: dict[str, Any] = {
-        "max_kl": max_kl,
-        "min_induce": min_induce,
-        "depth": depth,
-        "tokens": first,
-        "positions": positions,
-    }
-    counts = {name: len(r) for name, r in rows.items()}
-    table.attrs.update(model=m.name, method="refusal", prompts=counts, **settings)
+    record: dict[str, Any] = {
+        "max_kl": max_kl, "min_induce": min_induce, "depth": depth, "tokens": first, "positions": positions,
+        "prompts": {name: len(r) for name, r in rows.items()},
+    }  # fmt: skip
+    table.attrs.update(model=m.name, method="refusal", **record)
     if not bool(table.kept.any()):
         error = SteeringError(
             f"refusal: none of {len(table)} candidates passes kl <= {max_kl}, induce >= {min_induce} and layer < "
@@ -138,11 +119,34 @@ def refusal(
         raise error
     best: Any = table.bypass.where(table.kept).idxmin()
     table["chosen"] = table.index == best
-    layer_, position_ = int(table.layer[best]), int(table.position[best])
-    site, r = directions[layer_, position_]
-    record = {"position": position_, **settings, "prompts": counts}
+    site, r = directions[best]
+    record |= {"layer": int(table.layer[best]), "position": int(table.position[best])}
     vector = SteeringVector.of(m, {site: r}, method="refusal", scope="all", record=record)
-    return Refusal(vector, directional_ablation(m, r, record={**record, "layer": layer_}), table)
+    return Refusal(vector, directional_ablation(m, r, record=record), table)
+
+
+def candidates(
+    m: Any, rows: dict[str, list[Passage]], tokens: list[int], sites: Sequence[str], positions: Sequence[int],
+    batch_tokens: int = 1024,
+) -> tuple[pd.DataFrame, list[tuple[str, Tensor]]]:  # fmt: skip
+    """Every difference of means with its three scores: a row each (layer, position, bypass, induce, kl), and (site, r).
+
+    rows: passages by the names present, absent, present_val, absent_val. A difference of nought has no scores (NaN).
+    """
+    import pandas as pd
+
+    a, b = (read(m, rows[name], sites, positions, batch_tokens) for name in ("present", "absent"))
+    plain = last_logits(m, rows["absent_val"], [], batch_tokens)
+    lines, directions = [], []
+    for s in sites:
+        for i, position in enumerate(positions):
+            r = a[s][:, i].mean(0) - b[s][:, i].mean(0)
+            scores = dict.fromkeys(("bypass", "induce", "kl"), float("nan"))
+            if float(r.norm()) > 0:
+                scores = _scores(m, s, r, rows, tokens, plain, batch_tokens)
+            lines.append({"layer": Site.parse(s).layer, "position": position, **scores})
+            directions.append((s, r))
+    return pd.DataFrame(lines), directions
 
 
 def directional_ablation(
