@@ -21,13 +21,13 @@ from steering.vector import SteeringMap, SteeringVector
 ARCHITECTURE = "controlvector"
 
 
-def to_gguf(v: SteeringMap, path: str | os.PathLike[str], m: Any) -> Path:
+def to_gguf(m: Any, v: SteeringMap, path: str | os.PathLike[str]) -> Path:
     """Writes the vectors of `v` for llama.cpp and gives the path.
 
     Args:
+        m: the model, whose type becomes the file's hint.
         v: a vector whose parts are at resid_post, with scope "all".
         path: the file, usually ``*.gguf``.
-        m: its model, for the hint.
 
     Raises SteeringError for what a control vector cannot say.
     """
@@ -50,7 +50,7 @@ def to_gguf(v: SteeringMap, path: str | os.PathLike[str], m: Any) -> Path:
     return target
 
 
-def from_gguf(path: str | os.PathLike[str], m: Any) -> SteeringVector:
+def from_gguf(m: Any, path: str | os.PathLike[str]) -> SteeringVector:
     """A control vector of llama.cpp or repeng as a SteeringVector on all tokens of `m`.
 
     Raises SteeringError for another kind of gguf file, another model type, or a width that is not the model's.

@@ -15,7 +15,7 @@ from steering.errors import SteeringError
 from steering.vector import AFTER_PROMPT, SteeringVector
 
 
-def from_repeng(given: Any, m: Any) -> SteeringVector:
+def from_repeng(m: Any, given: Any) -> SteeringVector:
     """A repeng ControlVector: ``directions`` {layer: [d_model]}, added behind the block on all tokens.
 
     Raises SteeringError for another kind of object, or another model type.
@@ -38,7 +38,7 @@ def from_repeng(given: Any, m: Any) -> SteeringVector:
 LAYER_TYPES = {"decoder_block": "resid_post", "self_attn": "attn_out", "mlp": "mlp_out"}
 
 
-def from_steering_vectors(given: Any, m: Any, scope: Any = AFTER_PROMPT) -> SteeringVector:
+def from_steering_vectors(m: Any, given: Any, scope: Any = AFTER_PROMPT) -> SteeringVector:
     """A SteeringVector of the package steering-vectors: ``layer_activations`` {layer: [d_model]} and ``layer_type``.
 
     There the tokens are chosen when it is applied (``min_token_index``), so `scope` is yours to say.

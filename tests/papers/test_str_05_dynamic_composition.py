@@ -1,5 +1,4 @@
-"""STR-05, Dynamic Activation Composition (Scalena et al. 2024, arXiv:2406.17563): strength set per token from a
-divergence.
+"""STR-05, Dynamic Activation Composition (Scalena et al. 2024, arXiv:2406.17563): a strength for each token.
 
 Check: on a five-token toy alpha is the clipped KL worked out by hand; it is 0 where nothing diverges; a generation's
 strengths are those of the literal loop (every pass whole, one row, no cache); two properties at once each beat random

@@ -33,7 +33,7 @@ def test_a_control_vector_is_what_llama_cpp_reads(m, tmp_path):
     from gguf import GGUFReader
 
     v = vectors(m, "resid_post[1]", "resid_post[2]") * 1.5
-    reader = GGUFReader(str(to_gguf(v, tmp_path / "v.gguf", m)))
+    reader = GGUFReader(str(to_gguf(m, v, tmp_path / "v.gguf")))
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     assert fields["general.architecture"] == "controlvector"
     assert fields["controlvector.model_hint"] == "llama"
@@ -44,7 +44,7 @@ def test_a_control_vector_is_what_llama_cpp_reads(m, tmp_path):
         assert tensor.data.shape == (m.d_model,)
         wanted = v.vectors[f"resid_post[{tensor.name.rpartition('.')[2]}]"]
         np.testing.assert_array_equal(tensor.data, wanted.numpy())
-    back = from_gguf(tmp_path / "v.gguf", m)
+    back = from_gguf(m, tmp_path / "v.gguf")
     assert back.scope.text == "all"
     ids = [[5, 9, 3, 7]]
     with m.intervene(v):
@@ -65,22 +65,22 @@ def test_a_control_vector_is_what_llama_cpp_reads(m, tmp_path):
 )
 def test_what_a_control_vector_cannot_say_is_refused(m, tmp_path, make, message):
     with pytest.raises(SteeringError, match=message):
-        to_gguf(make(m), tmp_path / "v.gguf", m)
+        to_gguf(m, make(m), tmp_path / "v.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_gguf_files_are_refused(m, tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"nothing of that kind" * 10)
     with pytest.raises(SteeringError, match="no gguf file"):
-        from_gguf(tmp_path / "x.gguf", m)
+        from_gguf(m, tmp_path / "x.gguf")
     with pytest.raises(SteeringError, match="no such file"):
-        from_gguf(tmp_path / "y.gguf", m)
-    path = to_gguf(vectors(m, "resid_post[1]"), tmp_path / "v.gguf", m)
+        from_gguf(m, tmp_path / "y.gguf")
+    path = to_gguf(m, vectors(m, "resid_post[1]"), tmp_path / "v.gguf")
     with pytest.raises(SteeringError, match="gpt2"):
-        from_gguf(path, interp.load("tiny:gpt2"))
+        from_gguf(interp.load("tiny:gpt2"), path)
     wide = interp.load("tiny:llama", hidden_size=48)
     with pytest.raises(SteeringError, match="width"):
-        from_gguf(path, wide)
+        from_gguf(wide, path)
 
 
 SCRIPT = """
@@ -162,23 +162,23 @@ def test_names_from_outside_cannot_break_out_of_the_file(m, tmp_path):
 
 def test_repengs_vectors_come_in(m):
     given = SimpleNamespace(model_type="llama", directions={1: np.ones(32, dtype=np.float16), 2: np.zeros(32)})
-    v = from_repeng(given, m)
+    v = from_repeng(m, given)
     assert v.sites == ["resid_post[1]", "resid_post[2]"]
     assert v.scope.text == "all"
     assert v.vectors["resid_post[1]"].tolist() == [1.0] * 32
     with pytest.raises(SteeringError, match="gpt2"):
-        from_repeng(SimpleNamespace(model_type="gpt2", directions=given.directions), m)
+        from_repeng(m, SimpleNamespace(model_type="gpt2", directions=given.directions))
     with pytest.raises(SteeringError, match="directions"):
-        from_repeng(object(), m)
+        from_repeng(m, object())
     with pytest.raises(SteeringError, match="width"):
-        from_repeng(SimpleNamespace(directions={1: np.ones(7)}), m)
+        from_repeng(m, SimpleNamespace(directions={1: np.ones(7)}))
 
 
 def test_steering_vectors_come_in(m):
     given = SimpleNamespace(layer_type="mlp", layer_activations={1: torch.ones(32)})
-    v = from_steering_vectors(given, m)
+    v = from_steering_vectors(m, given)
     assert v.sites == ["mlp_out[1]"]
     with pytest.raises(SteeringError, match="layer_type"):
-        from_steering_vectors(SimpleNamespace(layer_type="lm_head", layer_activations={1: torch.ones(32)}), m)
+        from_steering_vectors(m, SimpleNamespace(layer_type="lm_head", layer_activations={1: torch.ones(32)}))
     with pytest.raises(SteeringError, match="layer_activations"):
-        from_steering_vectors(object(), m)
+        from_steering_vectors(m, object())
