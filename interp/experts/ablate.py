@@ -67,7 +67,7 @@ class Ablation:
             return replay(self.settings["recorded"], self.chosen.ids, scope=self.scope)
         how: dict[str, Any] = {"name": f"ablate ({self.mode})", "scope": self.scope, "gate": self.gate}
         make = {"monet": self._pairs, "routed": self._routed, "neurons": self._neurons}[units.kind]
-        means = self._means(model) if self.mode == "mean" else None
+        means = self.means(model) if self.mode == "mean" else None
         return [Edit(*make(model, units, layer, means), **how) for layer in self.chosen.ids]
 
     def _routed(self, model: Any, units: Units, layer: int, means: Means | None) -> tuple[str, Map]:
@@ -95,15 +95,15 @@ class Ablation:
                 )
             return modes.Marked(member, torch.inf)
         if self.mode == "swap":
-            return modes.Swapped(_partners(self.settings["partners"], self.chosen, layer))
+            return modes.Swapped(partners_of(self.settings["partners"], self.chosen, layer))
         if means is not None:
-            return modes.Averaged(member, _measured(means, self.chosen, layer))
+            return modes.Averaged(member, measured(means, self.chosen, layer))
         return modes.Scaled(member, self.settings.get("factor", 0.0))
 
     def _neurons(self, model: Any, units: Units, layer: int, means: Means | None) -> tuple[str, Map]:
         off = self.chosen.mask(layer)
         if means is not None:
-            return f"mlp_hidden[{layer}]", _Blend((~off).float(), off * _measured(means, self.chosen, layer))
+            return f"mlp_hidden[{layer}]", _Blend((~off).float(), off * measured(means, self.chosen, layer))
         scale = torch.where(off, self.settings.get("factor", 0.0), 1.0)
         return f"mlp_hidden[{layer}]", edits.Affine(A=scale)
 
@@ -112,7 +112,8 @@ class Ablation:
         experts, off = list(model.hf.experts())[layer], self.chosen.mask(layer).view(n, n)
         return f"mlp_out[{layer}]", modes.WithoutPairs(experts, off, 1.0 - self.settings.get("factor", 0.0))
 
-    def _means(self, model: Any) -> Means:
+    def means(self, model: Any) -> Means:
+        """The mean outputs that mode "mean" puts in, measured if text was given."""
         reference = self.settings["reference"]
         means = reference if isinstance(reference, Means) else mean_outputs(model, reference, kind=self.chosen.kind)
         if (means.kind, means.fingerprint) != (self.chosen.kind, self.chosen.fingerprint):
@@ -180,11 +181,11 @@ def ablate(
     settings = {name: value for name, value in given.items() if value is not None}
     if partners is not None:
         for layer in chosen.ids:
-            _partners(partners, chosen, layer)
+            partners_of(partners, chosen, layer)
     return Ablation(chosen, mode, within, gate, settings)
 
 
-def _partners(partners: Mapping[int, Mapping[int, int]], chosen: ExpertSet, layer: int) -> Tensor:
+def partners_of(partners: Mapping[int, Mapping[int, int]], chosen: ExpertSet, layer: int) -> Tensor:
     """expert -> who computes in its place [expert]."""
     table = torch.arange(chosen.size)
     given = partners.get(layer, {})
@@ -209,7 +210,7 @@ def _by_table(model: Any, layer: int) -> str:
     return ""
 
 
-def _measured(means: Means, chosen: ExpertSet, layer: int) -> Tensor:
+def measured(means: Means, chosen: ExpertSet, layer: int) -> Tensor:
     """The means of a layer. Raises ExpertError where one that is needed was not measured."""
     never = [e for e in chosen.ids[layer].tolist() if not means.counts[layer][e]]
     if never:

@@ -1,68 +1,100 @@
-"""Taking it away: a checkpoint in which the set's units are off for good.
+"""Taking it away: a checkpoint in which a change of experts is made for good.
 
-    experts.resect(m, law, "monet-without-law")
+    experts.resect(m, law, "without-law")                               zeroed: what `switched_off` does
+    experts.resect(m, experts.ablate(law, "reroute"), "without-law")    cut out: smaller, runners-up take the slots
 
-Monet carries its mask in the checkpoint (a bool matrix per layer). A routed expert or a neuron is switched off by
-zeroing the weights that put out what it computed, so the checkpoint needs nothing of ours to run. Either way the saved
-model is opened again and compared with the masked one; the largest difference of their logits goes into its card.
+A checkpoint needs nothing of ours to run, Monet's apart, which carries its mask (a bool matrix per layer). What a mode
+becomes in the weights is in `interp.experts.surgery` and `interp.experts.smaller`. The saved model is opened again and
+compared with the masked one; the largest difference of their logits goes into its card, and too large a one is refused.
 """
 
 from __future__ import annotations
 
-import operator
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from interp.cards import NOT_MEASURED, Card
+from interp.experts import smaller
+from interp.experts.ablate import Ablation, ablate
 from interp.experts.evaluate import switched_off
 from interp.experts.sets import ExpertSet
+from interp.experts.surgery import operated
 from interp.experts.units import ExpertError
 from interp.version import __version__
 
+How = Literal["auto", "weights", "smaller"]
+
+#: What the card says was done.
+_DONE = {
+    "zero": "zeroed output weights", "scale": "scaled output weights", "swap": "weights of the partner",
+    "mean": "zeroed output weights, the mean as output bias", "reroute": "a bias that keeps them out of the choice",
+    "smaller": "cut out, with their rows of the router", "monet": "a mask in the checkpoint",
+}  # fmt: skip
+
 
 def resect(
-    model: Any, chosen: ExpertSet, out: str | os.PathLike[str], *, evaluation: Any = None, description: str = ""
+    model: Any,
+    chosen: ExpertSet | Ablation,
+    out: str | os.PathLike[str],
+    *,
+    how: How = "auto",
+    evaluation: Any = None,
+    description: str = "",
 ) -> Path:
-    """Writes a checkpoint that equals `model` with `chosen` switched off, its tokenizer, and a card.
+    """Writes a checkpoint that equals `model` under an ablation, its tokenizer, and a card.
 
     Args:
         model: the model the set belongs to.
-        chosen: what to take out.
+        chosen: an `ablate` of all tokens: "zero", "scale", "swap", "mean" or "reroute"; a set means "zero".
         out: a new directory.
+        how: "weights" keeps the model's shape; "smaller" cuts experts out, which is what "reroute" computes. "auto"
+            cuts out for "reroute" where every layer loses as many, and else keeps the shape.
         evaluation: a Table of `evaluate`, or anything a card can hold, for the card.
         description: one sentence for the card.
 
     Returns the directory. Raises ExpertError where `out` exists and is not empty, where the set is empty, or where this
-    kind of expert cannot be baked; nothing is left behind then. The model in memory is as before.
+    change cannot be baked, with the reason; nothing is left behind then. The model in memory is as before.
     """
     target = Path(out)
+    ablation = chosen if isinstance(chosen, Ablation) else ablate(chosen)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExpertError(f"{target}: exists and is not empty; choose a new directory")
-    if not len(chosen):
+    if not len(ablation.chosen):
         raise ExpertError("the set is empty: there is nothing to take out")
-    chosen.check(model)
+    if ablation.scope.text != "all" or ablation.gate is not None:
+        raise ExpertError(f"scope={ablation.scope.text!r}: a checkpoint acts on all tokens alike, without a gate")
+    ablation.chosen.check(model)
+    cut = _cuts(model, ablation, how)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         probe = _probe(model)
-        with switched_off(model, chosen):
+        off = ablation.mode == "zero"
+        with switched_off(model, ablation.chosen) if off else model.intervene(ablation):
             wanted = model(probe)
-        with _baked(model, chosen):
-            model.hf.save_pretrained(fresh)
+        if cut:
+            smaller.cut(model, ablation.chosen).save_pretrained(fresh)
+        elif ablation.chosen.kind == "monet":
+            with switched_off(model, ablation.chosen):
+                model.hf.save_pretrained(fresh)
+        else:
+            with model.intervene(ablation):
+                rerouted = _routing(model, ablation, probe)
+            with operated(model, ablation):
+                _same(rerouted, _routing(model, ablation, probe), model)
+                model.hf.save_pretrained(fresh)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(fresh)
         error = _parity(fresh, probe, wanted, model)
-        chosen.save(fresh / "experts.json")
-        card = _card(model, chosen, error, evaluation, description)
+        ablation.chosen.save(fresh / "experts.json")
+        done = _DONE["smaller" if cut else "monet" if ablation.chosen.kind == "monet" else ablation.mode]
+        card = _card(model, ablation, done, error, evaluation, description)
         card.save(fresh / "card.json")
         card.save(fresh / "README.md")
         fresh.chmod(0o755)
@@ -75,59 +107,61 @@ def resect(
     return target
 
 
-@contextmanager
-def _baked(model: Any, chosen: ExpertSet) -> Iterator[None]:
-    """The model with the set taken out of its weights; afterwards as before."""
-    if chosen.kind == "monet":
-        with switched_off(model, chosen):
-            yield
-        return
-    undo: list[Callable[[], Any]] = []
-    try:
-        with torch.no_grad():
-            for layer, ids in chosen.ids.items():
-                for weight, index in _outgoing(model, layer, ids, chosen.kind):
-                    kept = weight[index].clone()
-                    undo.append(partial(operator.setitem, weight, index, kept))
-                    weight[index] = 0
-        yield
-    finally:
-        with torch.no_grad():
-            for step in reversed(undo):
-                step()
-
-
-def _outgoing(model: Any, layer: int, ids: Tensor, kind: str) -> Iterator[tuple[Tensor, Any]]:
-    """The weights by which some units put out what they compute, as (tensor, index)."""
-    ids = ids.to(model.device)
-    if kind == "neurons":
-        module: Any = model.anatomy.places["mlp_hidden", layer].module
-        transposed = not isinstance(module, nn.Linear)  # GPT-2's Conv1D keeps [in, out]
-        yield module.weight, ids if transposed else (slice(None), ids)
-        return
-    place = model.anatomy.places["expert_weight", layer]
-    module = place.module
-    if place.how != "experts" or not isinstance(getattr(module, "down_proj", None), Tensor):
+def _cuts(model: Any, ablation: Ablation, how: str) -> bool:
+    """Whether experts are cut out. Raises ExpertError where that is asked for and cannot be."""
+    if how not in ("auto", "weights", "smaller"):
+        raise ExpertError(f"how={how!r}: expected auto, weights or smaller")
+    if ablation.chosen.kind == "monet" and ablation.mode != "zero":
+        raise ExpertError(f"mode={ablation.mode!r} cannot be baked into Monet: its checkpoint holds a mask, on or off")
+    if how == "weights" or (ablation.mode != "reroute" and how == "auto"):
+        return False
+    if ablation.mode != "reroute":
         raise ExpertError(
-            f"{model.name}, layer {layer}: {type(module).__name__} does not keep its experts in one tensor, so they "
-            "cannot be zeroed here; switched_off works"
+            f"how='smaller' is mode='reroute': experts cut out are not chosen; got mode={ablation.mode!r}"
         )
-    if getattr(module, "has_post_expert_norm", False) and not torch.count_nonzero(_norm_of_zero(module)) == 0:
-        raise ExpertError(f"{model.name}, layer {layer}: a norm after each expert makes more than 0 of zero")
-    yield module.down_proj, ids
-    if module.has_bias:
-        yield module.down_proj_bias, ids
-
-
-def _norm_of_zero(module: Any) -> Tensor:
-    width = module.down_proj.shape[2 if module.is_transposed else 1]
-    return module.post_expert_norm(torch.zeros(1, width, dtype=module.down_proj.dtype, device=module.down_proj.device))
+    reason = smaller.why_not(model, ablation.chosen)
+    if reason and how == "smaller":
+        raise ExpertError(f"{model.name}: its experts cannot be cut out: {reason}")
+    return not reason
 
 
 def _probe(model: Any) -> Tensor:
     """Random token ids [4, 32], always the same for a vocabulary."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.d_vocab, (4, min(32, model.n_ctx or 32)), generator=generator)
+
+
+def _routing(model: Any, ablation: Ablation, probe: Tensor) -> Tensor | None:
+    """Weight of every expert at every token of the probe [layer, token, expert], where a bias is to decide it."""
+    if ablation.mode != "reroute":
+        return None
+    acts = model.capture(probe, [f"expert_weight[{layer}]" for layer in ablation.chosen.ids])
+    rows = []
+    for layer in ablation.chosen.ids:
+        ids, weights = (acts[f"{name}[{layer}]"].flatten(0, 1) for name in ("expert_ids", "expert_weight"))
+        rows.append(weights.new_zeros(len(ids), model.n_experts).scatter_add_(1, ids, weights))
+    return torch.stack(rows).float()
+
+
+def _same(rerouted: Tensor | None, biased: Tensor | None, model: Any) -> None:
+    """Raises ExpertError unless a bias makes the router weigh experts as rerouting does.
+
+    A bias for the choice leaves an expert its share of a softmax over all of them. Where others are chosen (ERNIE) or
+    weighed (LongCat, ZAYA) by their own shares, these are then smaller than if it were not there.
+    """
+    if rerouted is None or biased is None:
+        return
+    gap, size = float((rerouted - biased).abs().max()), float(rerouted.abs().max())
+    if not gap <= _tolerance(model) * size:
+        raise ExpertError(
+            f"mode='reroute' cannot be baked: {model.name}: a bias keeps the experts out of the choice, but not out "
+            f"of the sum that the others' weights are shares of (weights differ by {gap:.2g} of {size:.2g})"
+        )
+
+
+def _tolerance(model: Any) -> float:
+    """Relative difference that rounding explains in the model's precision."""
+    return 1e-4 if model.dtype == torch.float32 else 1e-2
 
 
 def _parity(path: Path, probe: Tensor, wanted: Tensor, model: Any) -> float:
@@ -137,7 +171,7 @@ def _parity(path: Path, probe: Tensor, wanted: Tensor, model: Any) -> float:
     saved = load(path, dtype=model.dtype, device=model.device)
     error = float((saved(probe) - wanted).abs().max())
     scale = float(wanted.abs().max())
-    if not error <= 1e-3 * max(scale, 1.0):
+    if not error <= _tolerance(model) * max(scale, 1.0):
         raise ExpertError(
             f"{path.name}: the saved checkpoint's logits differ from the masked model's by {error:.3g} (logits reach "
             f"{scale:.3g}); it was not kept"
@@ -145,11 +179,12 @@ def _parity(path: Path, probe: Tensor, wanted: Tensor, model: Any) -> float:
     return error
 
 
-def _card(model: Any, chosen: ExpertSet, error: float, evaluation: Any, description: str) -> Card:
+def _card(model: Any, ablation: Ablation, done: str, error: float, evaluation: Any, description: str) -> Card:
     import platform
 
     import transformers
 
+    chosen = ablation.chosen
     what = {"monet": "experts (pairs)", "routed": "experts", "neurons": "MLP neurons"}[chosen.kind]
     per_layer = {f"layer {layer}": len(ids) for layer, ids in chosen.ids.items()}
     rows = evaluation
@@ -157,13 +192,14 @@ def _card(model: Any, chosen: ExpertSet, error: float, evaluation: Any, descript
         kept = evaluation[evaluation["metric"] == "loss"] if "metric" in evaluation else evaluation
         rows = kept.round(4).to_dict("records")
     fields = {
-        "description": description or f"{model.name} with {len(chosen):,} {what} switched off for good.",
+        "description": description or f"{model.name} with {len(chosen):,} {what} changed for good: {done}.",
         "model": model.name,
         "model_hash": chosen.fingerprint,
         "site": per_layer,
         "method": {
             "chosen by": chosen.record or "hand",
-            "switched off by": "a mask in the checkpoint" if chosen.kind == "monet" else "zeroed output weights",
+            "mode": ablation.mode,
+            "switched off by": done,
             "parity": f"logits within {error:.2g} of the masked model's on 128 random tokens",
         },
         "training_data": f"routing statistics over {', '.join(chosen.record.get('labels', [])) or 'no text: by hand'}",
