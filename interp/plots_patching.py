@@ -101,15 +101,13 @@ def circuit(edges: pd.DataFrame, title: str, most: int = 150) -> go.Figure:
     places = _places(drawn)
     figure = go.Figure()
     largest = float(drawn["size"].max()) or 1.0
-    for edge in drawn.itertuples():
-        (x0, y0), (x1, y1) = places[_unit(edge.writer)], places[_unit(edge.reader)]
-        colour = OKABE_ITO[1] if edge.value > 0 else OKABE_ITO[0]
-        text = html.escape(f"{edge.writer} -> {edge.reader}: {edge.value:+.3f}")
+    for writer, reader, value in zip(drawn["writer"], drawn["reader"], drawn["value"].astype(float), strict=True):
+        (x0, y0), (x1, y1) = places[_unit(writer)], places[_unit(reader)]
         figure.add_trace(
             go.Scatter(
-                x=[x0, (x0 + x1) / 2, x1], y=[y0, (y0 + y1) / 2, y1], mode="lines", hoverinfo="text", text=text,
-                line={"color": colour, "width": 0.5 + 4.5 * edge.size / largest, "shape": "spline"}, opacity=0.6,
-                showlegend=False,
+                x=[x0, (x0 + x1) / 2, x1], y=[y0, (y0 + y1) / 2, y1], mode="lines", hoverinfo="text",
+                text=html.escape(f"{writer} -> {reader}: {value:+.3f}"), showlegend=False, opacity=0.6,
+                line={"color": OKABE_ITO[1] if value > 0 else OKABE_ITO[0], "width": 0.5 + 4.5 * abs(value) / largest},
             )
         )  # fmt: skip
     units = list(places)
@@ -165,6 +163,6 @@ def _places(edges: pd.DataFrame) -> dict[str, tuple[float, float]]:
     out = {}
     for y, row in rows.items():
         row.sort(key=lambda u: int(u.rpartition("=")[2].rstrip("]")) if "head=" in u else 0)
-        for i, unit in enumerate(row):
-            out[unit] = ((i + 0.5) / len(row), y)
+        for i, unit in enumerate(row):  # heads side by side, MLPs in a column of their own
+            out[unit] = (1.0 if unit.startswith("mlp") else 0.9 * (i + 0.5) / len(row), y)
     return out
