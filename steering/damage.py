@@ -138,7 +138,7 @@ def fluency(
         v: the vector or map.
         prompts: what to continue.
         multipliers: strengths.
-        judge: the model under which the continuations' perplexity is taken; default `m` itself, unsteered.
+        judge: another model, under which the continuations' perplexity is taken; default `m` itself, unsteered.
         max_new_tokens: of each continuation.
         chat: put the prompts into the model's chat template.
         seed: of the bootstrap, and of sampling where it is asked for.
@@ -162,7 +162,10 @@ def fluency(
             tokens = m.tokens(given, special=not chat)
             out = m.generate(tokens, max_new_tokens=max_new_tokens, **how)
         passages = []
-        for row in range(len(given)):
+        for row, text in enumerate(out.texts):
+            if judge is not m:  # which cuts text into tokens of its own
+                passages.append(_pairs.passage(judge, given[row], text or " "))
+                continue
             new = [i for i in out.new_ids[row].tolist() if i != getattr(m.tokenizer, "pad_token_id", None)]
             passages.append(
                 Passage((*tokens.row(row).tolist(), *(new or [out.new_ids[row, 0].item()])), len(tokens.row(row)))

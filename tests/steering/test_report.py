@@ -147,3 +147,19 @@ def test_tables_can_be_kept(found, tmp_path):
     table.to_parquet(tmp_path / "t.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), table)
     assert interp.__version__
+
+
+def test_another_model_judges_in_its_own_tokens():
+    """The judge's perplexity is that of its own reading of the text; a model judges itself by the tokens it wrote."""
+    m, judge = worded(), worded("gpt2")
+    v = SteeringVector.of(m, {"resid_post[1]": torch.zeros(m.d_model)})
+    prompts = ["How was the film ?", "Is this right ?"]
+    table, written = steering.fluency(m, v, prompts, [0], judge=judge, max_new_tokens=4)
+    loss = []
+    for prompt, text in zip(prompts, written.text, strict=True):
+        ids = judge.tokens(f"{prompt} {text}").row(0)
+        start = len(judge.tokens(prompt).row(0))
+        logp = judge(ids[None])[0].log_softmax(-1)
+        loss.append(-float(torch.stack([logp[i - 1, ids[i]] for i in range(start, len(ids))]).mean()))
+    value = table[table.metric == "output_perplexity"].value.iloc[0]
+    assert value == pytest.approx(float(torch.tensor(loss).mean().exp()), rel=1e-3)
