@@ -196,7 +196,7 @@ def test_bad_data_is_refused(data: Planted, tmp_path: Path) -> None:
     ids = torch.randint(0, 100, (4, 8)).tolist()
     with torch.no_grad():
         m.hf.get_input_embeddings().weight[ids[2][3]] = torch.nan
-    with pytest.warns(RuntimeWarning, match="NaN"):
+    with pytest.warns(UserWarning, match="NaN or infinity"):
         ds = store.write(m, ids, "resid_post[1]", tmp_path, progress=False)
     with pytest.raises(sae.SAEError, match=r"resid_post\[1\]: \d+ of 32 tokens in .* hold NaN"):
         sae.train(ds, "resid_post[1]", d_sae=32, k=3, batch_size=8, progress=False)
