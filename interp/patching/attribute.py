@@ -1,15 +1,19 @@
-"""Attribution: every node's effect estimated from gradients, as a Table like that of exact patching.
+r"""Attribution: every node's effect estimated from gradients, as a Table like that of exact patching.
 
-===============  ============================================================================  ======================
-method           estimate of a node's effect                                                   cost, forward passes
-===============  ============================================================================  ======================
-``atp``          (source - base) . gradient at the base run                                    3 + 1 backward
-``atp+qk``       queries, keys and router scores exactly through their softmax                 the same + 1
-``atp+graddrop``  |.| averaged over gradients with one layer's write taken out                 3 + (L + 1) / 2
-``atp*``         both: AtP* of Kramár et al., arXiv 2403.00745                                 the two together
-``ig``           gradients averaged over the middles of `steps` steps from the base run's      3 + 2 x steps
-                 embeddings to the source run's (EAP-IG: Hanna et al., arXiv 2403.17806)
-===============  ============================================================================  ======================
+================  =====================================================================  ===================
+method            estimate of a node's effect                                            passes of one pair
+================  =====================================================================  ===================
+``atp``           (source - base) . gradient at the base run                             4 forward, 1 back
+``atp+qk``        queries, keys and router scores exactly through their softmax          1 forward more
+``atp+graddrop``  \|.\| averaged over gradients with one layer's write taken out         4, (L + 1) / 2 back
+``atp*``          both: AtP* of Kramár et al., arXiv 2403.00745                          5, (L + 1) / 2 back
+``ig``            gradients averaged over the middles of `steps` steps from the base     4 + steps, steps back
+                  run's embeddings to the source's (EAP-IG: Hanna et al., 2403.17806)
+================  =====================================================================  ===================
+
+Two of the forward passes find out what the metric reads and what it is in both runs, and one row more plans the memory.
+Gradients stop at the activations, no weight's is ever made, so a backward pass does about the arithmetic of a forward
+one. `.attrs["cost"]` is what was counted, layer by layer.
 
 The absolute value is taken per pair, inside the mean over pairs (eq. 5 of AtP*): a node that helps in half of the pairs
 and harms in the others is not one without effect.
