@@ -34,8 +34,9 @@ def actadd(
     Raises SteeringError for equal prompts, and where padding is needed and there is no token for it.
     """
     place = one_site(m, layer, site)
-    _pairs.check([([0], positive, negative)])
-    a, b = (list(_pairs.passage(m, None, side).ids) for side in (positive, negative))
+    if list(positive) == list(negative):
+        raise SteeringError(f"positive, negative: both sides are equal ({positive!r:.60}); a pair must contrast")
+    a, b = (_row(m, side) for side in (positive, negative))
     length = max(len(a), len(b))
     if len(a) != len(b):
         token = _space(m) if pad is None else pad
@@ -47,6 +48,16 @@ def actadd(
     scope = Scope.window(0, length) & Scope.prompt()
     record = {"positive": positive, "negative": negative, "tokens": length}
     return SteeringMap.of(m, {place: PerToken(rows[0] - rows[1])}, method="actadd", scope=scope, record=record)
+
+
+def _row(m: Any, text: Text) -> list[int]:
+    """Token ids of one side, which may be blank: the paper's own pair is " weddings" against " "."""
+    if not isinstance(text, str) or text.strip():
+        return list(_pairs.passage(m, None, text).ids)
+    ids = m.tokenizer(text)["input_ids"] if m.tokenizer is not None else []
+    if not ids:
+        raise SteeringError(f"{text!r} makes no token here; give a text that does, or token ids")
+    return [int(i) for i in ids]
 
 
 def _space(m: Any) -> int:

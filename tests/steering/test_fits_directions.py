@@ -58,9 +58,22 @@ def test_actadd_adds_the_difference_to_the_first_tokens_only(m):
     assert torch.equal(zero, m(prompt))
 
 
+@pytest.mark.smollm2
+def test_actadd_takes_the_papers_blank_side_and_pads_with_spaces(smollm2):
+    v = steering.actadd(smollm2, " weddings and more", " ", layer=6)
+    words = smollm2.tokens(" weddings and more").row(0).tolist()
+    space = smollm2.tokenizer.encode(" ", add_special_tokens=False)
+    assert len(space) == 1
+    rows = [words, space * len(words)]
+    a, b = (smollm2.capture(torch.tensor([r]), "resid_pre[6]")["resid_pre[6]"][0] for r in rows)
+    torch.testing.assert_close(v.parts[0].map.tensors()["b"], a - b, atol=1e-3, rtol=1e-4)
+
+
 def test_actadd_refuses_what_does_not_contrast_or_pad(m):
     with pytest.raises(SteeringError, match="both sides are equal"):
         steering.actadd(m, [3, 4], [3, 4], layer=1)
+    with pytest.raises(SteeringError, match="makes no token here"):
+        steering.actadd(m, [3, 4], " ", layer=1)
     with pytest.raises(SteeringError, match="no token for one space"):
         steering.actadd(m, [3, 4], [3], layer=1)
     with pytest.raises(SteeringError, match="same tokens once padded"):
