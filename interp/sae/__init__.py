@@ -8,7 +8,8 @@
 
 From the bottom: `kernels` (sparse codes, forward and backward), `select` and `pursuit` (which latents fire), `settings`
 and `architectures` (each paper's loss on one path), `sources`, `trainer`, `checkpoint` and `train`; `autoencoder` (what
-comes out), `files` (on disk), `edits` (as interventions); `evaluate`, `dark` and `latents` (what it is worth).
+comes out), `files` (on disk), `edits` (as interventions); `evaluate`, `probing`, `dark` and `versus` (what it is worth,
+beside experts); `latents`, `page`, `explain` and `find` (what a latent is about); `behaviour` (what it can steer).
 """
 
 from __future__ import annotations
