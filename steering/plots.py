@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 #: baseline -> (what it is called, colour, dash); others follow in order
 STYLES = {
-    "none": ("the vector", OKABE_ITO[0], "solid"),
-    "random": ("random vectors", "#666666", "dot"),
+    "none": ("the vector (band: 95 % over items)", OKABE_ITO[0], "solid"),
+    "random": ("random vectors (band: the middle 95 % of them)", "#666666", "dot"),
     "prompt": ("a prompt that asks for it", OKABE_ITO[1], "dash"),
     "shuffled": ("labels shuffled", OKABE_ITO[2], "dashdot"),
 }
@@ -103,7 +103,7 @@ def _line(figure: Any, part: pd.DataFrame, name: str, number: int, col: int | No
     place = {} if col is None else {"row": 1, "col": col}
     band = go.Scatter(
         x=[*x, *reversed(x)], y=[*part["high"], *reversed(part["low"].tolist())], fill="toself",
-        fillcolor=_faint(colour), line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name,
+        fillcolor=_faint(colour), mode="lines", line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name,
     )  # fmt: skip
     line = go.Scatter(
         x=x, y=part["value"], name=html.escape(label), legendgroup=name, showlegend=legend, mode="lines+markers",
