@@ -30,7 +30,7 @@ _HOME = {
     "Edit": "interp.edits",
     "Scope": "interp.scope",
 }
-_MODULES = ("edits", "metrics", "store", "zoo", "plots")
+_MODULES = ("corpora", "edits", "experts", "metrics", "monet", "patching", "plots", "sae", "store", "zoo")
 
 # written out for the linters; tests/test_import.py compares it with the two tables above
 __all__ = [
@@ -42,16 +42,21 @@ __all__ = [
     "Site",
     "Tokens",
     "__version__",
+    "corpora",
     "edits",
+    "experts",
     "load",
     "metrics",
+    "monet",
+    "patching",
     "plots",
+    "sae",
     "store",
     "zoo",
 ]
 
 if TYPE_CHECKING:
-    from interp import edits, metrics, plots, store, zoo
+    from interp import corpora, edits, experts, metrics, monet, patching, plots, sae, store, zoo
     from interp.activations import Activations, ExpertActivations, Tokens
     from interp.edits import Edit
     from interp.model import Model

@@ -52,6 +52,10 @@ def minimise(x: Tensor, y: Tensor, n_classes: int, C: float = 1.0, *, tol: float
     from scipy.optimize import minimize
 
     d = x.shape[1]
+    if len(x) < d:  # the minimum lies in the span of the samples: solve there, with as many weights as samples
+        basis = torch.linalg.qr(x.T)[0]
+        inner = minimise(x @ basis, y, n_classes, C, tol=tol, max_iter=max_iter)
+        return Fit(inner.weight @ basis.T.double(), inner.bias, inner.passes, inner.converged)
     rows = 1 if n_classes == 2 else n_classes
     # With the column of ones the intercept is one more weight; its penalty is 0, so B needs no identity there.
     gram = torch.zeros(d + 1, d + 1, dtype=torch.float64)

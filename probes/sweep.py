@@ -220,7 +220,13 @@ def _table(rows: list[dict[str, Any]], attrs: dict[str, Any]) -> pd.DataFrame:
         row["value"] - by_chance.get(row["node"], np.nan) if row["baseline"] == "none" else np.nan for row in rows
     ]
     best = max((row for row in rows if row["baseline"] == "none"), key=lambda row: row["validation"])
-    about = {"best": best["node"], "best_value": best["value"], "best_low": best["low"], "best_high": best["high"]}
+    about = {
+        "best": best["node"],
+        "best_value": best["value"],
+        "best_low": best["low"],
+        "best_high": best["high"],
+        "best_validation": best["validation"],
+    }
     first = [
         "node",
         "site",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class Group:
     def look_up(self, values: Tensor) -> Tensor:
         """Entries of a map [pair, pos, *keys] for the group's nodes [entry, pair]."""
         whole = torch.cat([values, values.sum(1, keepdim=True)], 1)
-        return whole[(slice(None), self.position, *self.index)].T
+        where: Any = (slice(None), self.position, *self.index)
+        return whole[where].T
 
     def reduce(self, product: Tensor) -> Tensor:
         """Sums [pair, ...] in the site's axes over what no key names: the map [pair, pos, *keys]."""

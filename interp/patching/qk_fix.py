@@ -90,8 +90,8 @@ class Others:
         beside = (scores - top[..., 1:]).exp().masked_fill(largest, 0)
         total, rest = weight.sum(-1, keepdim=True) - weight, beside.sum(-1, keepdim=True)
         lse = torch.where(largest, top[..., 1:] + rest.log(), top[..., :1] + total.log())
-        kept = [part[..., :-1].float() for part in (weight, total, beside)]  # sums are made; ratios need no more
-        return cls(lse[..., :-1], *kept, rest.float(), largest[..., :-1])
+        weight, total, beside = (part[..., :-1].float() for part in (weight, total, beside))  # ratios need no more
+        return cls(lse[..., :-1], weight, total, beside, rest.float(), largest[..., :-1])
 
     def mean(self, g: Tensor) -> Tensor:
         """Mean of `g` [..., query, key] over the other keys, weighed by their probabilities; the sink's g is 0."""

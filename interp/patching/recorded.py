@@ -76,8 +76,8 @@ class Recorded:
             parts.append(self.part(run, pairs, sites))
             if len(parts) == 1 and (acts := parts[0][1]) is not None:
                 self.require(self.nbytes + nbytes(acts.tensors) * n // len(pairs))
-        acts = [part for _, part in parts if part is not None]
-        return torch.cat([logits for logits, _ in parts]), _stacked(acts) if acts else None
+        kept = [part for _, part in parts if part is not None]
+        return torch.cat([logits for logits, _ in parts]), _stacked(kept) if kept else None
 
     def part(self, run: Run, pairs: Tensor, sites: Sequence[Site]) -> tuple[Tensor, Activations | None]:
         """The same of some pairs [pair], at once."""

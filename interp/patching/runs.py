@@ -246,7 +246,8 @@ class Patcher:
         """The base run's cache of the first positions, a row for each of `pairs`; the call may write into it."""
         if self._prefix[0] != first:
             base, every = self.task.base, torch.arange(self.task.pairs, device=self.m.device)
-            with self.m.using(Use(edits=[Cut(g) for g in given(base, every)])):
+            cuts: list[Any] = [Cut(g) for g in given(base, every)]
+            with self.m.using(Use(edits=cuts)):
                 mask = base.tokens.mask[:, :first].long()
                 out = self.m.hf(input_ids=base.tokens.ids[:, :first], attention_mask=mask, use_cache=True)
             cache = getattr(out, "past_key_values", None)
