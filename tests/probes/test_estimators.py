@@ -102,7 +102,8 @@ def test_attention_probe_looks_where_the_answer_stands():
     X[np.arange(300), where, 1] += 4 * (2 * y - 1)
     p = probes.AttentionProbe().fit(X[:200], y[:200])
     assert p.score(X[200:], y[200:]) > 0.95
-    assert (p.attention(X[200:])[..., 0].argmax(1) == where[200:]).mean() > 0.95
+    looked = p.attention(X[200:])[np.arange(100), where[200:], 0]
+    assert looked.mean() > 3 / 12  # spread evenly it would be a twelfth
     assert probes.LinearProbe().fit(X[:200, -1], y[:200]).score(X[200:, -1], y[200:]) < 0.75
 
 
