@@ -102,8 +102,9 @@ def test_attention_probe_looks_where_the_answer_stands():
     X[np.arange(300), where, 1] += 4 * (2 * y - 1)
     p = probes.AttentionProbe().fit(X[:200], y[:200])
     assert p.score(X[200:], y[200:]) > 0.95
-    looked = p.attention(X[200:])[np.arange(100), where[200:], 0]
-    assert looked.mean() > 3 / 12  # spread evenly it would be a twelfth
+    # One head needs to find the mark of one class only; where it finds none, the text is of the other.
+    found = p.attention(X[200:])[..., 0].argmax(1) == where[200:]
+    assert max(found[y[200:] == c].mean() for c in (0, 1)) > 0.95
     assert probes.LinearProbe().fit(X[:200, -1], y[:200]).score(X[200:, -1], y[200:]) < 0.75
 
 
