@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from probes.disk import save as save  # not when asked for: nnsight gives every object, modules too, a `save` of its own
+
 _HOME = {
     "LinearProbe": "linear", "MeanDifference": "linear", "NearestMean": "linear", "LDA": "linear",
     "RidgeProbe": "linear", "KSparseProbe": "linear", "AttentionProbe": "attention", "CCS": "ccs",
@@ -22,22 +24,22 @@ _HOME = {
     "features": "reading", "Features": "reading", "split": "splitting", "Split": "splitting",
     "by_layer": "sweep", "by_site": "sweep", "tcav": "concepts", "TcavResult": "concepts",
     "interval": "scores", "auroc": "scores", "calibration": "scores", "description_length": "scores",
-    "calibrated": "calibrate", "edit": "intervening", "causal": "intervening", "save": "disk", "load": "disk",
+    "calibrated": "calibrate", "edit": "intervening", "causal": "intervening", "load": "disk",
     "massive": "outliers", "massive_effect": "outliers", "massive_attention": "outliers",
     "ProbeError": "errors", "ProbeWarning": "errors",
 }  # fmt: skip
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "save"])
 
 
 def __getattr__(name: str) -> Any:
     """Import what ``probes.<name>`` stands for when it is asked for: scikit-learn is not loaded before."""
     if name not in _HOME:
-        raise AttributeError(f"probes has no {name!r}; it has {', '.join(sorted(_HOME))}")
+        raise AttributeError(f"probes has no {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(f"probes.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOME)
+    return __all__

@@ -104,3 +104,10 @@ def test_version_is_the_distributions():
 def test_the_packages_beside_load_their_libraries_when_used(package):
     code = f"import {package}, sys; print([m for m in {HEAVY} if m in sys.modules])"
     assert in_fresh_python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["interp", "interp.sae", "probes", "steering"])
+def test_public_names_are_ours_after_nnsight_gave_every_object_a_save(package):
+    code = (f"import nnsight, {package} as p; "
+            "print([n for n in p.__all__ if 'nnsight' in str(getattr(getattr(p, n), '__module__', ''))])")  # fmt: skip
+    assert in_fresh_python(code).strip() == "[]"
