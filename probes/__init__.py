@@ -26,6 +26,10 @@ _HOME = {
     "interval": "scores", "auroc": "scores", "calibration": "scores", "description_length": "scores",
     "calibrated": "calibrate", "edit": "intervening", "causal": "intervening", "load": "disk",
     "massive": "outliers", "massive_effect": "outliers", "massive_attention": "outliers",
+    "effect": "effects", "random_adds": "effects", "by_variant": "variants", "transfer": "variants",
+    "detector": "detectors", "Detector": "detectors", "guard": "guarding", "Guard": "guarding", "shift": "shifts",
+    "axis": "axes", "fit_axis": "axes", "Axis": "axes", "across": "languages", "Across": "languages",
+    "magnitude": "quantities", "prompt_probe": "prompting",
     "ProbeError": "errors", "ProbeWarning": "errors",
 }  # fmt: skip
 
