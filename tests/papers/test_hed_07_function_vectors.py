@@ -1,19 +1,27 @@
 """HED-07. Function Vectors in Large Language Models (Todd et al. 2024, arXiv:2310.15213).
 
-Check, the half that is exact: on a planted in-context learner the vector from the top heads has a cosine of at least
-.99 with the task's, and zero-shot it does the task. The other half (accuracy on real tasks beyond vectors of random
-heads, composition, output vocabulary) is open.
+Check: on a planted in-context learner the vector from the top heads has a cosine of at least .99 with the task's, and
+zero-shot it does the task. On list tasks that a small model was trained to do in context, zero-shot accuracy with the
+vector beats that with vectors of other heads; controls of composition and of output vocabulary are printed. (SmolLM2 on
+published tasks: benchmarks/README.md.)
 """
 
 from __future__ import annotations
 
+import itertools
+import random
+
+import pytest
 import torch
 
 import interp
 import steering
+from steering import SteeringVector
+from steering.fit_functions import head_means, written
+from steering.intervals import bootstrap
 from steering.planted import NEUTRAL, WITH
 from steering.planted import Planted as _Planted
-from steering.tasks import right, zero_shot
+from steering.tasks import hits, prompts, right, zero_shot
 
 LAYER, HEAD = 1, 2
 PLAIN = ("{}", " ", " ")
@@ -68,3 +76,72 @@ def test_the_planted_task_is_recovered_from_its_head():
     print("zero-shot accuracy:", sum(plain) / 8, "->", sum(steered) / 8)
     assert sum(plain) <= 2  # now and then the likeliest token by chance
     assert sum(steered) == 8
+
+
+ARROW, STOP, INPUTS, OUTPUTS, WORDS, TASKS = 5, 6, 10, 30, 16, 4
+ASKED = ("{} w5", " ", " w6 ")
+
+
+def task(number: int) -> list[tuple[str, str]]:
+    """Task `number`: each of 16 words has an output of its own there, in an order that is the task's."""
+    order = random.Random(number).sample(range(WORDS), WORDS)
+    return [(f"w{INPUTS + i}", f"w{OUTPUTS + WORDS * number + j}") for i, j in enumerate(order)]
+
+
+@pytest.fixture(scope="module")
+def trained() -> interp.Model:
+    """A tiny Llama trained to do four list tasks, each told by nothing but the examples before the question."""
+    m, g = interp.load("tiny:llama"), torch.Generator().manual_seed(0)
+    table = torch.tensor([[int(y[1:]) for _, y in task(t)] for t in range(TASKS)])
+    step = torch.optim.Adam(m.hf.parameters(), lr=5e-3)
+    for _ in range(300):
+        which = torch.randint(0, TASKS, (64,), generator=g)
+        asked = torch.rand(64, WORDS, generator=g).argsort(1)[:, :5]
+        answers = table[which[:, None], asked]
+        arrow, stop = (torch.full_like(asked, token) for token in (ARROW, STOP))
+        ids = torch.stack([asked + INPUTS, arrow, answers, stop], 2).flatten(1)
+        logits = m.hf(input_ids=ids).logits[:, 1::4]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        step.zero_grad()
+        loss.backward()
+        step.step()
+    m.hf.eval().requires_grad_(False)
+    return interp.Model(m.hf, words(), "trained")
+
+
+def scored(m: interp.Model, number: int) -> dict[str, torch.Tensor]:
+    """Zero-shot hits [item] on held-out words of a task: plain, with its vector, and with what the vector must beat."""
+    layer, count = 0, 3
+    examples = task(number)
+    random.Random(number).shuffle(examples)
+    held, fit = examples[:8], examples[8:]
+    how = {"layer": layer, "shots": 4, "n": 40, "template": ASKED}
+    v = steering.function_vector(m, fit, heads=count, trials=20, corrupt="zero_shot", **how)
+    own = [(a, b) for a, b, _ in v.record["heads"]]
+    means = head_means(m, prompts(fit, 40, 4, template=ASKED))
+    every = [(a, b) for a in range(m.n_layers) for b in range(m.n_heads) if (a, b) not in own]
+    rivals = [written(m, means, some) for some in itertools.combinations(every, count)]
+    vocabulary = m.hf.get_output_embeddings().weight[[int(y[1:]) for _, y in fit]].mean(0)
+    other = steering.function_vector(m, task((number + 1) % TASKS), heads=own, **how)
+    made = {
+        "vector": v.vector, **{f"heads {i}": x for i, x in enumerate(rivals)},
+        "output vocabulary": vocabulary * (v.norm / vocabulary.norm()),
+        "sum with another task's": v.vector + other.vector, "less another task's": v.vector - other.vector,
+    }  # fmt: skip
+    runs = {"zero-shot": []} | {
+        name: SteeringVector.of(m, {f"resid_post[{layer}]": x}).as_edits(m) for name, x in made.items()
+    }
+    found = {name: torch.tensor(x).double() for name, x in hits(m, zero_shot(held, ASKED), runs).items()}
+    found["other heads"] = torch.stack([found.pop(f"heads {i}") for i in range(len(rivals))]).mean(0)
+    asked = right(m, prompts(fit, 8, 4, queries=held, template=ASKED))
+    return found | {"in context": torch.tensor(asked).double()}
+
+
+def test_trained_tasks_come_without_examples_beyond_vectors_of_other_heads(trained):
+    """Layer and number of heads were chosen on tasks 0 and 1; what is asserted are tasks 2 and 3."""
+    each = [scored(trained, number) for number in (2, 3)]
+    found = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+    print({name: round(float(x.mean()), 2) for name, x in found.items()})
+    assert found["in context"].mean() > 0.9
+    assert bootstrap(found["vector"] - found["other heads"])[0] > 0
+    assert bootstrap(found["vector"] - found["zero-shot"])[0] > 0
