@@ -7,15 +7,16 @@ do not compare. So each is first given the multiplier at which it changes neutra
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from steering import pairs as _pairs
+from steering.baselines import random_like
+from steering.continuation import log_likelihoods
 from steering.damage import neutral_passages, token_kl
 from steering.errors import SteeringError
-from steering.intervals import bootstrap
-from steering.propensity import propensities
+from steering.intervals import bootstrap, spread
 from steering.vector import SteeringMap, SteeringVector
 
 if TYPE_CHECKING:
@@ -48,25 +49,69 @@ def budget(
     For small k the KL grows as k squared, so each step multiplies k by sqrt(budget / KL), kept between what is known
     to be too little and too much. Where `most` stays below the budget, that is returned: look at the KL.
     """
+    how: dict[str, Any] = {"most": most, "tolerance": tolerance, "max_tokens": max_tokens, "batch_tokens": batch_tokens}
+    return budgets(m, {"": v}, texts, kl, **how)[""]
+
+
+def budgets(
+    m: Any,
+    maps: Mapping[Any, SteeringMap],
+    texts: Any,
+    kl: float = 0.1,
+    *,
+    most: float | None = None,
+    tolerance: float = 0.05,
+    max_tokens: int = 48,
+    batch_tokens: int = 512,
+) -> dict[Any, tuple[float, float]]:
+    """`budget` of several maps by their keys; a step of all their searches is one run over the texts."""
     if not 0 < kl < inf:
         raise SteeringError(f"kl={kl}: expected a positive number of nats per token")
-    most = most if most is not None else (inf if isinstance(v, SteeringVector) else 1.0)
     passages = neutral_passages(m, texts, max_tokens)
-    low, high, k, found = 0.0, inf, min(1.0, most), 0.0
+    searches = {key: _Search.of(v, most) for key, v in maps.items()}
     for _ in range(20):
-        each, _, mask = token_kl(m, passages, {0.0: [], k: (v * k).as_edits(m)}, batch_tokens)
-        found = float(each[k].sum() / mask.sum())
-        if abs(found - kl) <= tolerance * kl or (k == most and found < kl):
-            return k, found
-        low, high = (k, high) if found < kl else (low, k)
-        k = min(k * min(8.0, max(0.125, sqrt(kl / max(found, 1e-12)))), most)
-        if not low < k < high:
-            k = (low + high) / 2
-        if low > 1e6:
-            raise SteeringError(
-                f"{v.method}: even {low:.2g} times as strong it changes neutral text by {found:.2g} nats"
-            )
-    return k, found
+        going = {key: search for key, search in searches.items() if not search.done}
+        if not going:
+            break
+        runs: dict[Any, Any] = {0.0: []}
+        runs |= {("at", key): (maps[key] * search.next).as_edits(m) for key, search in going.items()}
+        each, _, mask = token_kl(m, passages, runs, batch_tokens)
+        for key, search in going.items():
+            search.saw(float(each["at", key].sum() / mask.sum()), kl, tolerance)
+            if search.low > 1e6:
+                raise SteeringError(
+                    f"{maps[key].method}: even {search.low:.2g} times as strong it changes neutral text by "
+                    f"{search.found:.2g} nats"
+                )
+    return {key: (search.k, search.found) for key, search in searches.items()}
+
+
+@dataclass
+class _Search:
+    """One map's way to the budget: what was tried last and found there, and between what the answer lies."""
+
+    most: float
+    next: float
+    k: float = 0.0
+    found: float = 0.0
+    low: float = 0.0
+    high: float = inf
+    done: bool = False
+
+    @classmethod
+    def of(cls, v: SteeringMap, most: float | None) -> _Search:
+        limit = most if most is not None else (inf if isinstance(v, SteeringVector) else 1.0)
+        return cls(limit, min(1.0, limit))
+
+    def saw(self, found: float, kl: float, tolerance: float) -> None:
+        self.k = k = self.next
+        self.found = found
+        if abs(found - kl) <= tolerance * kl or (k == self.most and found < kl):
+            self.done = True
+            return
+        self.low, self.high = (k, self.high) if found < kl else (self.low, k)
+        k = min(k * min(8.0, max(0.125, sqrt(kl / max(found, 1e-12)))), self.most)
+        self.next = k if self.low < k < self.high else (self.low + self.high) / 2
 
 
 def compare(
@@ -100,35 +145,33 @@ def compare(
     """
     import pandas as pd
 
-    from steering.baselines import random_like
-    from steering.intervals import spread
-
     if missing := [label for label in methods if label not in pairs]:
         raise SteeringError(f"pairs: there are none for {missing[0]!r}")
     rows: list[dict[str, Any]] = []
     for label, vectors in methods.items():
-        shared: dict[str, Any] = {"chat": chat, "controls": 0}
-        for name, v in vectors.items():
-            k, reached = budget(m, v, texts, kl, **how)
-            shift = _shift(propensities(m, v, pairs[label], [0.0, k], **shared), k)
-            low, high = bootstrap(shift, seed=seed)
-            rows.append({"label": label, "method": name, "multiplier": k, "kl": reached, "value": float(shift.mean()),
-                         "low": low, "high": high, "n": len(shift)})  # fmt: skip
+        maps: dict[Any, SteeringMap] = {("own", name): v for name, v in vectors.items()}
+        drawn = random_like(next(iter(vectors.values())), controls, seed) if controls else []
+        maps |= {("random", i): v for i, v in enumerate(drawn)}
+        reached = budgets(m, maps, texts, kl, **how)
+        runs: dict[Any, Any] = {0.0: []} | {key: (v * reached[key][0]).as_edits(m) for key, v in maps.items()}
+        sides = _pairs.sides(m, pairs[label], chat=chat)
+        scores = log_likelihoods(m, [p for both in zip(*sides, strict=True) for p in both], runs)
+        value = {key: (each := scores.per_token(key).numpy())[0::2] - each[1::2] for key in runs}
+        for (kind, name), (k, found) in reached.items():
+            if kind == "own":
+                shift = value[kind, name] - value[0.0]
+                rows.append(_row(label, name, k, found, float(shift.mean()), bootstrap(shift, seed=seed), len(shift)))
         if controls:
-            first, found = next(iter(vectors.values())), []
-            for control in random_like(first, controls, seed):
-                k, reached = budget(m, control, texts, kl, **how)
-                shift = _shift(propensities(m, control, pairs[label], [0.0, k], **shared), k)
-                found.append((k, reached, float(shift.mean())))
-            ks, reach, values = (np.array(x) for x in zip(*found, strict=True))
-            low, high = spread(values)
-            rows.append({"label": label, "method": "random", "multiplier": float(ks.mean()), "kl": float(reach.mean()),
-                         "value": float(values.mean()), "low": low, "high": high, "n": controls})  # fmt: skip
+            shifts = [float((value["random", i] - value[0.0]).mean()) for i in range(controls)]
+            k, found = (sum(reached["random", i][j] for i in range(controls)) / controls for j in (0, 1))
+            rows.append(_row(label, "random", k, found, sum(shifts) / controls, spread(shifts), controls))
     table = pd.DataFrame(rows).sort_values(["label", "value"], ascending=[True, False], ignore_index=True)
     table.attrs.update({"model": m.name, "kl": kl, "unit": "nats per token", "chat": chat, "seed": seed})
     return table
 
 
-def _shift(table: pd.DataFrame, k: float) -> np.ndarray:
-    grid = table[table["baseline"] == "none"].pivot(index="item", columns="multiplier", values="value")
-    return (grid[k] - grid[0.0]).to_numpy()
+def _row(
+    label: str, name: str, k: float, kl: float, value: float, interval: tuple[float, float], n: int
+) -> dict[str, Any]:
+    low, high = interval
+    return {"label": label, "method": name, "multiplier": k, "kl": kl, "value": value, "low": low, "high": high, "n": n}

@@ -152,6 +152,20 @@ def log_likelihoods(
     return Scores(nats, torch.tensor([len(p.ids) - p.answer for p in passages]), stream.literal)
 
 
+def divergences(
+    m: Any, passages: Sequence[Passage], runs: Mapping[Any, Sequence[Edit]], *, batch_tokens: int = 512
+) -> Iterator[tuple[Scored, Tensor, Tensor]]:
+    """For each batch and run: (part, log-probabilities [row, answer, vocab], KL(unsteered || run) [row, answer]).
+
+    `runs` must hold the unsteered model under the key 0.0, first. The KL is in nats, 0 where there is no answer token.
+    """
+    base = torch.empty(0)
+    for part in continued(m, passages, runs, batch_tokens=batch_tokens):
+        logp = part.logits.float().log_softmax(-1)
+        base = logp if part.run == 0.0 else base
+        yield part, logp, (base.exp() * (base - logp)).sum(-1).masked_fill(~part.mask, 0)
+
+
 def _batches(passages: Sequence[Passage], batch_tokens: int) -> Iterator[list[int]]:
     """Rows of like prompt length, so that little is padding; an item's answers stay together, as their prompt is
     equal.

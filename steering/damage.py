@@ -24,7 +24,7 @@ from torch import Tensor
 from interp.edits import Edit
 from steering import pairs as _pairs
 from steering.baselines import random_like
-from steering.continuation import continued, log_likelihoods
+from steering.continuation import divergences, log_likelihoods
 from steering.errors import SteeringError
 from steering.intervals import bootstrap, spread
 from steering.pairs import Passage
@@ -94,14 +94,9 @@ def token_kl(
     width = max(len(p.ids) - p.answer for p in passages)
     kl, nats = ({key: torch.zeros(len(passages), width, dtype=torch.float64) for key in runs} for _ in range(2))
     mask = torch.zeros(len(passages), width, dtype=torch.bool)
-    base = torch.empty(0)
-    for part in continued(m, passages, runs, batch_tokens=batch_tokens):
-        logp = part.logits.float().log_softmax(-1)
-        if part.run == 0.0:
-            base = logp
+    for part, logp, each in divergences(m, passages, runs, batch_tokens=batch_tokens):
         rows, n = torch.tensor(part.rows), part.mask.shape[1]
-        each = (base.exp() * (base - logp)).sum(-1)
-        kl[part.run][rows, :n] = each.masked_fill(~part.mask, 0).double().cpu()
+        kl[part.run][rows, :n] = each.double().cpu()
         token = logp.gather(-1, part.targets[..., None])[..., 0]
         nats[part.run][rows, :n] = token.masked_fill(~part.mask, 0).double().cpu()
         mask[rows, :n] = part.mask.cpu()

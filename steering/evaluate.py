@@ -8,7 +8,7 @@ leaves the interval of "random"; how far it does so at equal damage is what `ste
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +21,17 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    m: Any,
-    v: SteeringMap,
-    pairs: Any,
-    multipliers: Sequence[float] = MULTIPLIERS,
-    *,
-    controls: int = 20,
-    baselines: Mapping[str, SteeringMap | Sequence[SteeringMap]] | None = None,
-    prompt: tuple[str, str] | None = None,
-    chat: bool = False,
-    system: str | None = None,
-    seed: int = 0,
-    batch_tokens: int = 1024,
-    share: bool = True,
+    m: Any, v: SteeringMap, pairs: Any, multipliers: Sequence[float] = MULTIPLIERS, *, seed: int = 0, **how: Any
 ) -> pd.DataFrame:
     """The likelihood propensity of a behaviour at each multiplier, of the vector and of its baselines.
 
-    Arguments are those of `steering.propensities`.
+    Args:
+        m: the model.
+        v: the vector or map.
+        pairs: held-out (prompt, positive_text, negative_text) triples.
+        multipliers: strengths; 0 is the unsteered model.
+        seed: of the controls and the bootstrap.
+        **how: further settings of `steering.propensities`: controls, baselines, prompt, chat, system, ...
 
     Returns a Table with columns multiplier, baseline, metric, value, low, high, n. `value` is the mean over items of
     the per-token log-likelihood of the positive answer less that of the negative one, in nats. For "none" (the
@@ -45,11 +39,7 @@ def evaluate(
     draws (n), and the interval holds the middle 95 % of them. `.attrs` has the settings, the mean slope over items
     and `flipped`, the share of items that are steered the wrong way.
     """
-    table = propensities(
-        m, v, pairs, multipliers, controls=controls, baselines=baselines, prompt=prompt, chat=chat, system=system,
-        seed=seed, batch_tokens=batch_tokens, share=share,
-    )  # fmt: skip
-    return summarise(table, seed=seed)
+    return summarise(propensities(m, v, pairs, multipliers, seed=seed, **how), seed=seed)
 
 
 def summarise(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:

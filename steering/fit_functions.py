@@ -41,11 +41,10 @@ def function_vector(
 ) -> SteeringVector:
     """The task that `examples` show, as the sum of what its heads write: FV = sum over heads of W_O,j mean(z_j).
 
-    1. mean(z_j): each head's output at the last token, over `n` prompts of `shots` examples that the model gets
-    right. 2. Each head's average indirect effect: put its mean into `trials` prompts whose outputs are shuffled, at
-       the last token; how much more likely does the right first token become?
-    3. The vector is what the `heads` of largest effect write together, added unscaled from the prompt's last token
-    on.
+    1. mean(z_j): each head's output at the last token, over `n` prompts of `shots` examples that the model gets right.
+    2. Each head's average indirect effect: put its mean into `trials` prompts whose outputs are shuffled, at the last
+       token; how much more likely does the right first token become?
+    3. The vector is what the `heads` of largest effect write together, added unscaled from the prompt's last token on.
 
     What heads write is found by running the layer with them and without them, so the output projection's bias is not
     in it (the reference adds it once per head).

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steering import pairs as _pairs
-from steering.continuation import continued
+from steering.continuation import divergences
 from steering.errors import SteeringError
 from steering.fit_mean import caa
 from steering.intervals import bootstrap
@@ -118,15 +118,11 @@ def _right(
         raise SteeringError("problems: the list is empty; give (prompt, answer) pairs")
     passages = [_pairs.passage(m, prompt, answer, chat=chat) for prompt, answer in problems]
     out = {k: {x: torch.zeros(len(problems), dtype=torch.float64) for x in ("kl", "entropy", "accuracy")} for k in runs}
-    base = torch.empty(0)
-    for part in continued(m, passages, runs, batch_tokens=batch_tokens):
-        logp = part.logits.float().log_softmax(-1)
-        base = logp if part.run == 0.0 else base
+    for part, logp, kl in divergences(m, passages, runs, batch_tokens=batch_tokens):
         n = part.mask.sum(1)
-        kl = (base.exp() * (base - logp)).sum(-1).masked_fill(~part.mask, 0).sum(1) / n
         entropy = -(logp.exp() * logp).sum(-1).masked_fill(~part.mask, 0).sum(1) / n
         right = ((logp.argmax(-1) == part.targets) | ~part.mask).all(1)
-        for name, each in (("kl", kl), ("entropy", entropy), ("accuracy", right)):
+        for name, each in (("kl", kl.sum(1) / n), ("entropy", entropy), ("accuracy", right)):
             out[part.run][name][part.rows] = each.double().cpu()
     return out
 

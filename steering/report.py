@@ -1,8 +1,8 @@
 """The report: what a vector does, what it damages, and what else does as much, as one DataFrame and one HTML file.
 
-    found = steering.report(m, v, held_out_pairs, chat=True) found.table                        section, label,
-    metric, multiplier, baseline, position, share, value, low, high, n found.save("report.html")          opens
-    without a network
+    found = steering.report(m, v, held_out_pairs, chat=True)
+    found.table                     section, label, metric, multiplier, baseline, position, share, value, low, high, n
+    found.save("report.html")       opens without a network
 
 It refuses to be written without the four things that make such a report worth reading (Pres et al. 2024,
 arXiv:2410.17245): an open-ended context, likelihoods, a scale common to all behaviours, and a baseline. A vector

@@ -10,7 +10,7 @@ A:
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from interp.edits import Edit
@@ -88,10 +88,16 @@ def first_token(m: Any, items: Sequence[tuple[str, str]]) -> list[Passage]:
 
 def right(m: Any, items: Sequence[tuple[str, str]], *edits: Edit, batch_tokens: int = 64) -> list[bool]:
     """For each (prompt, answer): is the answer's first token the likeliest next one, under `edits`?"""
-    passages = first_token(m, items)
-    found = [False] * len(items)
-    for part in continued(m, passages, {None: list(edits)}, batch_tokens=batch_tokens):
-        hits = (part.logits[:, 0].argmax(-1) == part.targets[:, 0]).tolist()
-        for row, hit in zip(part.rows, hits, strict=True):
-            found[row] = hit
+    return hits(m, items, {None: list(edits)}, batch_tokens=batch_tokens)[None]
+
+
+def hits(
+    m: Any, items: Sequence[tuple[str, str]], runs: Mapping[Any, Sequence[Edit]], *, batch_tokens: int = 64
+) -> dict[Any, list[bool]]:
+    """`right` under many sets of edits at once, by their keys; what precedes the edits is run but once."""
+    found = {key: [False] * len(items) for key in runs}
+    for part in continued(m, first_token(m, items), runs, batch_tokens=batch_tokens):
+        each = (part.logits[:, 0].argmax(-1) == part.targets[:, 0]).tolist()
+        for row, hit in zip(part.rows, each, strict=True):
+            found[part.run][row] = hit
     return found

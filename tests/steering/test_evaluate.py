@@ -12,7 +12,7 @@ import steering
 import steering.maps
 from interp import edits
 from steering.baselines import random_like, shuffled
-from steering.budget import budget, compare
+from steering.budget import budget, budgets, compare
 from steering.continuation import log_likelihoods
 from steering.damage import choices, fluency, neutral
 from steering.evaluate import evaluate, summarise, verdict
@@ -280,6 +280,9 @@ def test_a_budget_is_met_and_methods_are_ranked_at_it(planted):
     assert ((table.kl - 0.05).abs() < 0.0026).all()
     with pytest.raises(steering.SteeringError, match="kl=0"):
         budget(m, v, texts, kl=0)
+    several = {"small": v, "large": v * 300.0, "erase": erase}  # one search each, run together
+    for name, found in budgets(m, several, texts, kl=0.05).items():
+        assert found == pytest.approx(budget(m, several[name], texts, kl=0.05), rel=1e-4)
 
 
 def test_a_sweep_is_each_layer_alone(planted):
