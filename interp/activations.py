@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.factored import FactoredExperts
-from interp.sites import Pattern, Site, SiteError
+from interp.sites import Pattern, Site, SiteError, written
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -280,9 +280,9 @@ class Activations(Mapping[str, Tensor]):
     def _summary(self) -> str:
         layers: dict[tuple[str, str], list[str]] = {}  # (name, index) -> layers
         for site in self.sites:
-            index = "".join(f", {key}={value}" for key, value in site.index)
+            index = ", ".join(f"{key}={value}" for key, value in site.index)
             layers.setdefault((site.name, index), []).append("" if site.layer is None else str(site.layer))
-        parts = (f"{name}[{_ranges(of)}{index}]" if of != [""] else name for (name, index), of in layers.items())
+        parts = (written(name, _ranges(of) if of != [""] else "", index) for (name, index), of in layers.items())
         return ", ".join(parts) or "none"
 
     def __repr__(self) -> str:

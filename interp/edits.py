@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from interp.scope import Scope
-from interp.sites import KINDS, Pattern, Site
+from interp.sites import Pattern, Site, kind_of
 
 
 class EditError(ValueError):
@@ -316,7 +316,7 @@ def freeze(site: Any, acts: Mapping[Any, Tensor], **how: Any) -> Edit:
     On generated tokens there is nothing to replay, so the scope is the prompt unless you say otherwise.
     """
     pattern, replay = Pattern.parse(str(site)), Replay(acts)
-    kind = KINDS[pattern.name]
+    kind = kind_of(pattern.name)
     if kind.routed and any(key == "expert" for key, _ in pattern.index):
         raise EditError(
             f"freeze at {site}: one expert's rows belong to no fixed tokens; freeze {pattern.name} of the "

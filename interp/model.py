@@ -28,11 +28,12 @@ from interp.fingerprint import Fingerprint
 from interp.hooks import factored
 from interp.hooks.anatomy import Anatomy, dissect, text_config
 from interp.hooks.session import install
+from interp.hooks.splice import Autoencoder
 from interp.hooks.tap import Bound, Clock, Tap
-from interp.reach import Reached, expand, rooted, stopping
+from interp.reach import Reached, expand, fitting, rooted, site_table, stopping
 from interp.recorder import Recorder
 from interp.results import Generation, Intervention
-from interp.sites import KINDS, Pattern, Site
+from interp.sites import Pattern, Site
 from interp.tokens import Text, tokenize
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Model:
         self._open: ExitStack | None = None
         self._thread = 0  # that of the open contexts
         self.fragile: set[Site] = set()
+        self.saes: dict[Site, Autoencoder] = {}
         self._fingerprint = Fingerprint(hf)
 
     # -- what it is --------------------------------------------------------------------------------------------
@@ -170,26 +172,26 @@ class Model:
 
     def map(self) -> pd.DataFrame:
         """Every site of this model: name, layers that have it, axes, how it is reached, or why it is absent."""
-        import pandas as pd
+        return site_table(self)
 
-        rows = []
-        for name, kind in KINDS.items():
-            having = self.anatomy.having(name) if kind.layered else []
-            present = bool(having) or (name, None) in self.anatomy.places
-            how = sorted({p.how for (n, _), p in self.anatomy.places.items() if n == name})
-            why = sorted({w for (n, _), w in self.anatomy.absent.items() if n == name})
-            rows.append(
-                {
-                    "site": name,
-                    "present": present,
-                    "layers": having,
-                    "axes": kind.axes,
-                    "door": ", ".join(how),
-                    "what": kind.what,
-                    "absent": "; ".join(why[:2]),
-                }
-            )
-        return pd.DataFrame(rows)
+    def attach(self, *autoencoders: Autoencoder) -> Model:
+        """Lets sites name what sparse autoencoders see: ``sae[resid_post[5], latent=9]``, ``sae_error[resid_post[5]]``.
+
+        The model computes what it did; latents are places to read, edit, patch and attribute like any other. SiteError
+        where one does not fit its site, or where one stands already (`detach`). Gives this model.
+        """
+        for s in autoencoders:
+            site = fitting(self, s)
+            self.saes[site] = s
+        return self
+
+    def detach(self, *sites: str | Site) -> Model:
+        """Takes attached autoencoders off again, all of them by default."""
+        if self.uses:
+            raise RuntimeError("detach: a context is open that may use the autoencoder; leave it first")
+        for site in self.resolve(sites) if sites else list(self.saes):
+            self.saes.pop(site, None)
+        return self
 
     # -- running -----------------------------------------------------------------------------------------------
     def tokens(self, x: Text, *, max_length: int | None = None, truncate: bool = False, special: bool = True) -> Tokens:
@@ -342,12 +344,18 @@ class Model:
             self.clock.columns = None
             return
         taps: dict[Site, Tap] = {}
+
+        def tap(site: Site) -> Tap:
+            if site.host is not None:
+                return tap(site.host).inner(site, self.saes[site.host])
+            return taps.setdefault(site, Tap(site, self.clock))
+
         for use in self.uses:
             for bound in use.edits:
-                taps.setdefault(bound.site.base, Tap(bound.site.base, self.clock)).edits.append(bound)
+                tap(bound.site.base).edits.append(bound)
             for site in use.recorder.wanted if use.recorder else ():
                 assert use.recorder is not None
-                taps.setdefault(site, Tap(site, self.clock)).readers.append(use.recorder)
+                tap(site).readers.append(use.recorder)
         stack = ExitStack()
         stack.enter_context(install(self.hf, self.anatomy, taps, self.clock))
         self._open = stack

@@ -9,6 +9,8 @@ One grammar serves every model::
     g1[3, key=17]              Monet: how much each routing head uses key 17 of the first axis, part of n experts
     q[*]                       a pattern: every layer;  q[2:6] a slice of layers;  z[*, head=*] every head
     embed, logits              places that have no layer
+    sae[resid_post[5], latent=9]   a latent of the sparse autoencoder attached there (``m.attach(s)``)
+    sae_error[resid_post[5]]       and what none of its latents explains
 
 The residual and attention names are TransformerLens's, and its long form parses too
 (``blocks.5.hook_resid_post``). The expert names are ours, because nobody has them.
@@ -115,6 +117,33 @@ def _kinds() -> Iterator[Kind]:
 #: Every site name, in the order in which a forward pass reaches them.
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _kinds()}
 
+#: What a sparse autoencoder takes an activation apart into, in the order in which edits reach it.
+SPLICED = {
+    "sae_error": "what no latent of the sparse autoencoder explains: x - x'",
+    "sae": "latents of the sparse autoencoder",
+}
+
+
+@lru_cache(maxsize=512)
+def kind_of(name: str) -> Kind:
+    """The kind that a name stands for; ``sae.resid_post`` is what ``sae[resid_post[5]]`` is called inside."""
+    if name in KINDS:
+        return KINDS[name]
+    word, _, host = name.partition(".")
+    at = KINDS[host]
+    axes = ("batch", "pos", "latent") if word == "sae" else at.axes
+    index = {"latent": "latent"} if word == "sae" else at.index
+    return Kind(name, axes, index, None, f"{SPLICED[word]} attached at {host}", at.layered)
+
+
+def written(name: str, layer: str, index: str) -> str:
+    """The text of a site from its parts: ``z``, ``5``, ``head=3`` give ``z[5, head=3]``."""
+    word, _, host = name.rpartition(".")
+    if word:
+        return f"{word}[{', '.join(filter(None, (written(host, layer, ''), index)))}]"
+    inside = ", ".join(filter(None, (layer, index)))
+    return f"{name}[{inside}]" if inside else name
+
 
 @dataclass(frozen=True)
 class Site:
@@ -149,7 +178,13 @@ class Site:
 
     @property
     def kind(self) -> Kind:
-        return KINDS[self.name]
+        return kind_of(self.name)
+
+    @property
+    def host(self) -> Site | None:
+        """Where the sparse autoencoder reads, for its latents and its error; None for a place of the model itself."""
+        word, _, host = self.name.rpartition(".")
+        return Site(host, self.layer) if word else None
 
     @property
     def base(self) -> Site:
@@ -175,9 +210,8 @@ class Site:
         return Site(self.name, self.layer, (*self.index, *index.items()))
 
     def __str__(self) -> str:
-        inside = [] if self.layer is None else [str(self.layer)]
-        inside += [f"{key}={value}" for key, value in self.index]
-        return f"{self.name}[{', '.join(inside)}]" if inside else self.name
+        index = ", ".join(f"{key}={value}" for key, value in self.index)
+        return written(self.name, "" if self.layer is None else str(self.layer), index)
 
     def __repr__(self) -> str:
         return f"Site('{self}')"
@@ -188,9 +222,10 @@ class Site:
     @property
     def order(self) -> tuple[int, int, tuple[tuple[str, int], ...]]:
         """Sorts sites in the order in which a forward pass reaches them."""
-        place = list(KINDS).index(self.name)
+        word, _, name = self.name.rpartition(".")
+        place = 4 * list(KINDS).index(name) + (1 + list(SPLICED).index(word) if word else 0)
         if self.layer is None:
-            return (-1 if self.name == "embed" else 1 << 30, place, self.index)
+            return (-1 if name == "embed" else 1 << 30, place, self.index)
         return (self.layer, place, self.index)
 
 
@@ -232,6 +267,9 @@ class Pattern:
 
 
 _FORM = re.compile(r"(?P<name>[a-z_0-9]+)\s*(?:\[(?P<inside>[^\[\]]*)\])?\Z")
+_SPLICED = re.compile(
+    r"(?P<word>sae|sae_error)\s*\[\s*(?P<host>[\w.*]+(?:\s*\[[^\[\]]*\])?)\s*(?:,(?P<index>[^\[\]]*))?\]\Z"
+)
 _LAYERS = re.compile(r"(?P<one>-?\d+)\Z|(?P<all>\*)\Z|(?P<a>-?\d*):(?P<b>-?\d*)(?::(?P<c>-?\d*))?\Z")
 _TL = {k.tl.replace("{l}", "L"): k.name for k in KINDS.values() if k.tl}
 _TL |= {"blocks.L.attn.hook_q": "q", "blocks.L.attn.hook_k": "k", "blocks.L.hook_out": "resid_post"}
@@ -241,6 +279,8 @@ _TL |= {"blocks.L.attn.hook_q": "q", "blocks.L.attn.hook_k": "k", "blocks.L.hook
 def _parse(text: str, rotary: bool | None) -> Pattern:
     if text.startswith(("blocks.", "hook_", "ln_final.")):
         return _parse_tl(text, rotary)
+    if text.partition("[")[0].strip() in SPLICED:
+        return _parse_spliced(text, rotary)
     match = _FORM.match(text)
     if not match:
         raise SiteError(f"{text!r} is not a site; the form is name[layer, key=index], e.g. 'z[5, head=3]'")
@@ -253,12 +293,19 @@ def _parse(text: str, rotary: bool | None) -> Pattern:
         if not parts or "=" in parts[0]:
             raise SiteError(f"{text!r}: {kind.name} lives in layers; write {kind.name}[5] or {kind.name}[*]")
         layers = _layers(parts.pop(0), text)
-    index = tuple(_index(p, kind, text) for p in parts)
-    for i, (key, _) in enumerate(index):
-        rival = next((k for k, _ in index[:i] if kind.index[k] == kind.index[key]), None)
-        if rival is not None:
-            raise SiteError(f"{text!r}: {rival}= and {key}= both pick from {kind.index[key]!r}; give one")
-    return Pattern(kind.name, layers, index, text)
+    return Pattern(kind.name, layers, _indices(parts, kind, text), text)
+
+
+def _parse_spliced(text: str, rotary: bool | None) -> Pattern:
+    match = _SPLICED.match(text)
+    if not match:
+        raise SiteError(f"{text!r}: name the place, such as 'sae[resid_post[5], latent=9]' or 'sae_error[mlp_out[*]]'")
+    at = _parse(match["host"].strip(), rotary)
+    if at.index or kind_of(at.name).axes[:2] != ("batch", "pos") or kind_of(at.name).routed:
+        raise SiteError(f"{text!r}: a sparse autoencoder reads a whole site, one vector per token; {at.text} is none")
+    kind = kind_of(f"{match['word']}.{at.name}")
+    parts = [p.strip() for p in (match["index"] or "").split(",") if p.strip()]
+    return Pattern(kind.name, at.layers, _indices(parts, kind, text), text)
 
 
 def _parse_tl(text: str, rotary: bool | None) -> Pattern:
@@ -286,6 +333,15 @@ def _layers(part: str, text: str) -> int | slice:
     if match["c"] and not int(match["c"]):
         raise SiteError(f"{text!r}: the step of a slice must not be 0")
     return slice(*(int(match[g]) if match[g] else None for g in "abc"))
+
+
+def _indices(parts: list[str], kind: Kind, text: str) -> tuple[tuple[str, int | str], ...]:
+    index = tuple(_index(p, kind, text) for p in parts)
+    for i, (key, _) in enumerate(index):
+        rival = next((k for k, _ in index[:i] if kind.index[k] == kind.index[key]), None)
+        if rival is not None:
+            raise SiteError(f"{text!r}: {rival}= and {key}= both pick from {kind.index[key]!r}; give one")
+    return index
 
 
 def _index(part: str, kind: Kind, text: str) -> tuple[str, int | str]:

@@ -1,7 +1,8 @@
 """Taps: what happens at one point of the model, whichever door leads there.
 
 A door hands a tap the activation in its site's own axes and gets back what the model should go on with. The tap runs
-the edits of that point in order, then shows the result to the readers: a reader sees what the model goes on with.
+the edits of that point in order, then those of a sparse autoencoder's latents that stands there, then shows the result
+to the readers: a reader sees what the model goes on with.
 
 The `Clock` knows what the running forward call is about: which columns it computes and which tokens they are. It is
 set by a hook on the model itself, so calls that somebody else makes (``model.hf.generate``) are understood too.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from interp.activations import narrow
 from interp.edits import Edit, EditError, Where
+from interp.hooks.splice import Autoencoder, Splice
 from interp.scope import Columns
 from interp.sites import Site
 
@@ -182,15 +184,24 @@ class Tap:
     clock: Clock
     edits: list[Bound] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
+    splice: Splice | None = None  # a sparse autoencoder that stands here, behind the edits and before the readers
     inputs: tuple[Any, ...] = ()  # of the module at whose output the tap stands, while it runs
 
     def __call__(self, h: Tensor, ids: Tensor | None = None) -> Tensor:
         for bound in self.edits:
             h = bound(h, self.clock, ids, self.inputs)
+        if self.splice is not None:
+            h = self.splice(h)
         for reader in self.readers:
             twin = reader(self.site, h, self.clock)
             h = h if twin is None else twin
         return h
+
+    def inner(self, site: Site, autoencoder: Autoencoder) -> Tap:
+        """The tap of `site`, a part of what a sparse autoencoder makes of this place."""
+        if self.splice is None:
+            self.splice = Splice.at(self, autoencoder)
+        return self.splice.tap(site)
 
     def framed(self, h: Tensor) -> Tensor:
         """The same for modules that see tokens flattened [batch * pos, ...]."""

@@ -207,6 +207,14 @@ class SAE:
         out = z @ self.decoder + self.b_dec
         return self._output(out, x)
 
+    def shift(self, change: Tensor, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """What a change of the latents [..., d_sae], or of some [..., latent], changes in the reconstruction of `x`."""
+        out = change @ (self.decoder if latents is None else self.decoder[latents])
+        if self.normalize != "none":
+            undo = normalised(self._flat(x), self.normalize)[1]
+            out = undo(out) - undo(torch.zeros_like(out))
+        return out.reshape(x.shape)
+
     def _output(self, out: Tensor, x: Tensor | None) -> Tensor:
         if self.normalize == "none" and self.skip is None:
             return out if x is None or x.shape[-1] == self.d_out else out.reshape(*out.shape[:-1], *self._heads(x))

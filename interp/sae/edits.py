@@ -50,14 +50,14 @@ class Clamp:
 
     def __call__(self, h: Tensor, where: Where) -> Tensor:
         s = self.s.to(h.device)
-        z = s.encode(h)[..., self.ids.to(h.device)]
+        ids = self.ids.to(h.device)
+        z = s.encode(h)[..., ids]
         value = self.value
         if isinstance(value, Tensor):
             value = value.to(z)
             if value.dim() == 3:
                 value = value[torch.arange(len(value))[:, None].expand_as(where.position), where.position]
-        change = (value - z) @ s.decoder[self.ids.to(h.device)]
-        return h + change.to(h.dtype).reshape(h.shape)
+        return h + s.shift(value - z, h, ids).to(h.dtype)
 
 
 @dataclass(frozen=True, eq=False)
