@@ -1,23 +1,37 @@
-"""What steering costs: generating under a vector, and a layer x multiplier sweep beside the loop that others write.
+"""What steering costs, and what it does to a real model.
 
-    python benchmarks/steering.py                  both on SmolLM2, small settings
+    python benchmarks/steering.py                              the cost, on SmolLM2, small settings
     python benchmarks/steering.py --items 40 --layers 30 --rounds 9
+    python benchmarks/steering.py --behaviours DIR             dose and response beside random vectors
+    python benchmarks/steering.py --equal-kl DIR               methods ranked at equal damage
+    python benchmarks/steering.py --function-vectors DIR       in-context tasks without examples
+    python benchmarks/steering.py --papers                     entropy of a bandit's player, activation addition, ...
 
-Generation: seconds per call with and without a vector in force, at batch 1 and 16, interleaved in shuffled order; the
-target is at most 1.03 x. "again" is the plain call a second time: what the machine's own noise amounts to.
+Cost, generation: seconds per call with and without a vector in force, at batch 1 and 16, interleaved in shuffled
+order; the target is at most 1.03 x. "again" is the plain call a second time: what the machine's own noise amounts to.
 
-Sweep: `steering.sweep` beside the loop of repeng and steering-vectors, that is, for each layer and multiplier one
-forward pass over each whole prompt with answer under a forward hook (written out here with bare hooks, so that
-neither package has to fit the installed transformers; hooks cost them no less). The numbers are compared before the
-clock starts.
+Cost, sweep: `steering.sweep` beside the loop of repeng and steering-vectors, that is, for each layer and multiplier one
+forward pass over each whole prompt with answer under a forward hook. `--peer` names a folder with steering-vectors
+installed in it (``pip install --no-deps --target FOLDER steering-vectors``), whose own `patch_activations` is then
+timed; without it the loop is written out with bare hooks, which cost no less. The numbers are compared as well.
+
+DIR is laid out as `_steer_data` says. These runs print one JSON document per row and keep what they computed under
+--out, so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path; this file would then be found where the package `steering` is meant
+sys.path.append(sys.path.pop(sys.path.index(str(Path(__file__).parent.resolve()))))
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -90,52 +104,127 @@ def loop(m: Any, v: Any, pairs: list[Any], multipliers: list[float], layers: lis
     return out
 
 
-def sweeping(m: Any, items: int, n_layers: int, chat: bool) -> dict[str, Any]:
+def peer_loop(
+    folder: Path, m: Any, v: Any, pairs: list[Any], multipliers: list[float], layers: list[int], chat: bool
+) -> dict[Any, float]:
+    """The same grid by steering-vectors: its `SteeringVector.apply` around a pass over each prompt with answer.
+
+    Its `min_token_index` says from which token on; as there, the vector is multiplied and applied anew for each.
+    """
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    from steering_vectors import SteeringVector as Peer  # type: ignore[import-not-found]
+
+    sides = _pairs.sides(m, pairs, chat=chat)
+    out: dict[Any, float] = {}
+    for layer in layers:
+        theirs = Peer(layer_activations={layer: v.vectors[f"resid_post[{layer}]"]}, layer_type="decoder_block")
+        for k in multipliers:
+            total = []
+            for two in zip(*sides, strict=True):
+                each = []
+                for passage in two:
+                    ids = torch.tensor([passage.ids])
+                    with torch.no_grad(), theirs.apply(m.hf, multiplier=k, min_token_index=passage.answer - 1):
+                        logp = m.hf(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+                    places = torch.arange(passage.answer, ids.shape[1])
+                    each.append(float(logp[places - 1, ids[0, places]].mean()))
+                total.append(each[0] - each[1])
+            out[layer, k] = sum(total) / len(total)
+    return out
+
+
+def sweeping(m: Any, items: int, n_layers: int, chat: bool, peer: Path | None = None) -> dict[str, Any]:
     """One sweep each way, once; the loop is too slow to be repeated."""
     pairs, multipliers = questions(items), [-2.0, -1.0, 1.0, 2.0]
     layers = sorted({round(i * (m.n_layers - 1) / max(1, n_layers - 1)) for i in range(n_layers)})
     v = steering.caa(m, pairs, layer=layers, chat=chat)
+    ways: dict[str, Callable[[], Any]] = {
+        "sweep": lambda: steering.sweep(m, v, pairs, multipliers, chat=chat),
+        "loop": lambda: loop(m, v, pairs, multipliers, layers, chat),
+    }
+    if peer is not None:
+        ways["steering-vectors"] = lambda: peer_loop(peer, m, v, pairs, multipliers, layers, chat)
     steering.sweep(m, v.only(layers[-1]), pairs[:2], [1.0], chat=chat)  # warm
-    start = time.perf_counter()
-    ours = steering.sweep(m, v, pairs, multipliers, chat=chat)
-    mine = time.perf_counter() - start
-    start = time.perf_counter()
-    theirs = loop(m, v, pairs, multipliers, layers, chat)
-    other = time.perf_counter() - start
-    found = ours.set_index(["layer", "multiplier"]).value
-    error = max(abs(found[key] - value) for key, value in theirs.items())
+    seconds, found = {}, {}
+    for name, run in ways.items():
+        start = time.perf_counter()
+        found[name] = run()
+        seconds[name] = time.perf_counter() - start
+    ours = found.pop("sweep").set_index(["layer", "multiplier"]).value
     return {
         "case": f"sweep, {items} items x {len(layers)} layers x {len(multipliers)} multipliers",
-        "seconds": round(mine, 2),
-        "loop": round(other, 2),
-        "times quicker": round(other / mine, 2),
-        "largest difference (nats per token)": error,
+        "seconds": {name: round(s, 2) for name, s in seconds.items()},
+        "times quicker than": {name: round(seconds[name] / seconds["sweep"], 2) for name in found},
+        "largest difference (nats per token)": {
+            name: max(abs(ours[key] - value) for key, value in each.items()) for name, each in found.items()
+        },
     }
+
+
+def cost(m: Any, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of the two cost tables."""
+    if given.only != "generate":
+        chat = bool(getattr(m.tokenizer, "chat_template", None))
+        yield sweeping(m, given.items or 6, given.layers, chat, given.peer)
+    if given.only != "sweep":
+        for batch in map(int, given.batches.split(",")):
+            yield generation(m, batch, given.tokens, given.rounds, given.seconds)
+
+
+def effect(m: Any, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of what was asked for by --behaviours, --equal-kl, --function-vectors or --papers."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    shared = {"out": given.out, "only": given.names, "controls": given.controls}
+    if given.behaviours:
+        from _steer_behaviours import behaviours
+
+        yield from behaviours(m, given.behaviours, layer=given.layer, fit=given.fit, items=given.items or 12,
+                              chat=not given.plain, **shared)  # fmt: skip
+    if given.equal_kl:
+        from _steer_methods import equal_kl
+
+        yield from equal_kl(m, given.equal_kl, layer=given.layer, fit=given.fit, items=given.items or 12,
+                            chat=not given.plain, kl=given.kl, **shared)  # fmt: skip
+    if given.function_vectors:
+        from _steer_functions import function_vectors
+
+        yield from function_vectors(m, given.function_vectors, items=given.items or 40, **shared)
+    if given.papers:
+        from _steer_papers import papers
+
+        yield from papers(m, **shared)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--items", type=int, default=6)
+    parser.add_argument("--behaviours", type=Path, metavar="DIR")
+    parser.add_argument("--equal-kl", type=Path, metavar="DIR")
+    parser.add_argument("--function-vectors", type=Path, metavar="DIR")
+    parser.add_argument("--papers", action="store_true")
+    parser.add_argument("--names", nargs="*", help="only behaviours, tasks or papers whose names begin so")
+    parser.add_argument("--layer", type=int, default=15)
+    parser.add_argument("--fit", type=int, default=40, help="pairs to fit on")
+    parser.add_argument("--controls", type=int, default=20)
+    parser.add_argument("--kl", type=float, default=0.1, help="budget in nats per token of neutral text")
+    parser.add_argument("--plain", action="store_true", help="without the chat template")
+    parser.add_argument("--out", type=Path, default=Path("steering-results"))
+    parser.add_argument("--items", type=int, help="held-out items; for the sweep's cost, its items")
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peer", type=Path, help="a folder that has steering-vectors")
     parser.add_argument("--only", choices=["generate", "sweep"])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     m = interp.load(given.model)
-    rows = []
-    if given.only != "generate":
-        chat = bool(getattr(m.tokenizer, "chat_template", None))
-        rows.append(sweeping(m, given.items, given.layers, chat))
-        print(json.dumps(rows[-1]), flush=True)
-    if given.only != "sweep":
-        for batch in map(int, given.batches.split(",")):
-            rows.append(generation(m, batch, given.tokens, given.rounds, given.seconds))
-            print(json.dumps(rows[-1]), flush=True)
+    asked = given.behaviours or given.equal_kl or given.function_vectors or given.papers
+    for row in effect(m, given) if asked else cost(m, given):
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
