@@ -26,6 +26,7 @@ from interp.sae import pursuit
 from interp.sae.kernels import Full, Support, decode, pre_activations
 from interp.sae.select import above, batch_top_k, busy, top_k
 from interp.sae.settings import Settings
+from interp.sae.shards import WHOLE, Shard
 
 Weights = dict[str, Tensor]
 
@@ -39,6 +40,7 @@ class State:
         threshold: batchtopk: running mean of the smallest value that was kept.
         p, factor: panneal: the exponent, and what keeps the penalty continuous when it changes.
         done: part of the training that lies behind, 0..1.
+        part: the latents that this process has; all of them, unless several processes share them.
     """
 
     silent: Tensor
@@ -47,9 +49,10 @@ class State:
     factor: float = 1.0
     done: float = 0.0
     steps: int = 0
+    part: Shard = WHOLE
 
     def scalars(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "silent"}
+        return {k: v for k, v in vars(self).items() if k not in ("silent", "part")}
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,13 @@ def _centre(y: Tensor, how: str) -> Tensor:
 
 
 # -- shared pieces ---------------------------------------------------------------------------------------------
-def centred(w: Weights, x: Tensor, s: Settings) -> tuple[Tensor, Tensor | None]:
+def centred(w: Weights, x: Tensor, state: State, s: Settings) -> tuple[Tensor, Tensor | None]:
     """What the encoder sees [row, d_in], and the learnt centre that was taken away."""
-    return (x - w["b_dec"].detach(), w["b_dec"]) if s.shape == "autoencoder" else (x, None)
+    return (x - w["b_dec"].detach(), state.part.centre(w["b_dec"])) if s.shape == "autoencoder" else (x, None)
 
 
-def reconstruct(w: Weights, x: Tensor, values: Tensor, support: Support | Full) -> Tensor:
-    out = decode(values, w["decoder"], support) + w["b_dec"]
+def reconstruct(w: Weights, x: Tensor, values: Tensor, support: Support | Full, part: Shard) -> Tensor:
+    out = part.total(decode(values, w["decoder"], support)) + w["b_dec"]
     return out + x @ w["skip"].T if "skip" in w else out
 
 
@@ -135,14 +138,14 @@ def auxiliary(w: Weights, xc: Tensor, centre: Tensor | None, error: Tensor, stat
     assert s.dead_after is not None
     assert s.k_aux is not None
     dead = (state.silent >= s.dead_after).nonzero().squeeze(1)
-    if not len(dead):
+    if not (candidates := state.part.count(len(dead))):
         return error.new_zeros(())
     encoder, bias, decoder = w["encoder"][dead], w["b_enc"][dead], w["decoder"][dead]
     scale = None if norms is None else norms[dead]
     pick = (encoder, bias) if scale is None else (encoder * scale[:, None], bias * scale)
-    support, _ = top_k(xc, pick[0].detach(), pick[1].detach(), min(s.k_aux, len(dead)))
+    support, _ = top_k(xc, pick[0].detach(), pick[1].detach(), min(s.k_aux, candidates), part=state.part)
     p = pre_activations(xc, centre, encoder, bias, support)  # |d| cancels: selected with it, decoded without
-    left = decode(p, decoder, support) - error.detach()
+    left = state.part.total(decode(p, decoder, support)) - error.detach()
     loss = left.square().sum(1).mean() / variance(error.detach())
     return loss.nan_to_num(0.0)
 
@@ -150,7 +153,7 @@ def auxiliary(w: Weights, xc: Tensor, centre: Tensor | None, error: Tensor, stat
 # -- the topk family -------------------------------------------------------------------------------------------
 def _kept(w: Weights, x: Tensor, state: State, s: Settings) -> Any:
     """What topk and batchtopk keep: (centred input, centre, row norms or None, support, values z)."""
-    xc, centre = centred(w, x, s)
+    xc, centre = centred(w, x, state, s)
     norms = w["decoder"].norm(dim=1) if s.decoder_norm == "free" else None
     encoder, bias = w["encoder"].detach(), w["b_enc"].detach()
     if norms is not None:
@@ -158,9 +161,9 @@ def _kept(w: Weights, x: Tensor, state: State, s: Settings) -> Any:
     assert s.k is not None
     half = s.encode == "bfloat16"
     if s.arch == "topk":
-        support, found = top_k(xc, encoder, bias, int(s.k), half)
+        support, found = top_k(xc, encoder, bias, int(s.k), half, state.part)
     else:
-        support, found = batch_top_k(xc, encoder, bias, s.k, state.threshold, half)
+        support, found = batch_top_k(xc, encoder, bias, s.k, state.threshold, half, state.part)
     given = None if half else found  # values are float32: what was found in bfloat16 is computed again
     if norms is None:
         return xc, centre, None, support, pre_activations(xc, centre, w["encoder"], w["b_enc"], support, given).relu()
@@ -177,57 +180,59 @@ def _topk(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
     amounts = z if norms is None else z / norms[support.ids]
     total = variance(y)
     if s.arch == "matryoshka":
-        outputs = list(_prefixes(w, x, amounts, support, s))
+        outputs = list(_prefixes(w, x, amounts, support, state.part, s))
         output = outputs[-1]
         loss = torch.stack([squared_error(y, part) for part in outputs]).mean() / total
     else:
-        output = reconstruct(w, x, amounts, support)
+        output = reconstruct(w, x, amounts, support, state.part)
         loss = squared_error(y, output) / total
     revive = auxiliary(w, xc, centre, y - output, state, s, norms) if s.aux else loss.new_zeros(())
     return Step(loss + s.aux * revive, support, z.detach(), output.detach(), {"aux": float(revive.detach())})
 
 
-def _prefixes(w: Weights, x: Tensor, amounts: Tensor, support: Support, s: Settings) -> Any:
+def _prefixes(w: Weights, x: Tensor, amounts: Tensor, support: Support, part: Shard, s: Settings) -> Any:
     """Reconstructions from the first widths[0] latents, from the first widths[1], ... Each adds its own latents."""
     output = w["b_dec"] + (x @ w["skip"].T if "skip" in w else 0.0)
-    for low, high in pairwise((0, *s.widths)):
+    own = part.rows(s.d_sae)
+    for low, high in pairwise(min(max(width, own.start), own.stop) - own.start for width in (0, *s.widths)):
         inside = (support.ids >= low) & (support.ids < high)
         band = Support(support.rows[inside], support.ids[inside] - low, support.n_rows, high - low)
-        output = output + decode(amounts[inside], w["decoder"][low:high], band)
+        output = output + part.total(decode(amounts[inside], w["decoder"][low:high], band))
         yield output
 
 
 def _follow(state: State, z: Tensor, s: Settings) -> None:
     """The inference threshold: a running mean of the smallest value that a batch kept."""
-    positive = z[z > 0]
-    if len(positive):
-        least, rate = float(positive.min()), s.threshold_rate
+    least, rate = state.part.least(z[z > 0]), s.threshold_rate
+    if least is not None:
         state.threshold = least if state.threshold == 0 else (1 - rate) * state.threshold + rate * least
 
 
 # -- the relu family -------------------------------------------------------------------------------------------
-def _exceeding(w: Weights, x: Tensor, s: Settings, threshold: Tensor | float) -> tuple[Support | Full, Tensor]:
+def _exceeding(
+    w: Weights, x: Tensor, state: State, s: Settings, threshold: Tensor | float
+) -> tuple[Support | Full, Tensor]:
     """Pre-activations above a threshold, or all of them where most are: (support, p)."""
-    xc, centre = centred(w, x, s)
+    xc, centre = centred(w, x, state, s)
     encoder, bias = w["encoder"].detach(), w["b_enc"].detach()
     if busy(xc, encoder, bias, threshold):
-        full = Full(len(xc), s.d_sae)
+        full = Full(len(xc), len(encoder))
         return full, pre_activations(xc, centre, w["encoder"], w["b_enc"], full)
     support, found = above(xc, encoder, bias, threshold)
     return support, pre_activations(xc, centre, w["encoder"], w["b_enc"], support, found)
 
 
 def _relu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
-    support, p = _exceeding(w, x, s, 0.0)
+    support, p = _exceeding(w, x, state, s, 0.0)
     z = p.relu()
-    output = reconstruct(w, x, z, support)
+    output = reconstruct(w, x, z, support, state.part)
     error = squared_error(y, output)
     coefficient = _sparsity(state, s)
     if s.arch == "panneal":
         _anneal(state, z.detach(), s)
-        penalty = state.factor * _power(z, state.p).sum() / len(x)
+        penalty = state.factor * state.part.total(_power(z, state.p).sum()) / len(x)
     else:
-        penalty = (z * support.at(penalty_norms(w["decoder"], s))).sum() / len(x)
+        penalty = state.part.total((z * support.at(penalty_norms(w["decoder"], s))).sum()) / len(x)
     parts = {"mse": float(error.detach()), "sparsity": float(penalty.detach())}
     return Step(error + coefficient * penalty, support, z.detach(), output.detach(), parts)
 
@@ -246,20 +251,22 @@ def _anneal(state: State, z: Tensor, s: Settings) -> None:
     """p falls in ten steps from 1 to p_end; at each the penalty keeps its size on this batch."""
     along = max(0.0, (state.done - s.p_start_at) / max(1e-9, 1 - s.p_start_at))
     p = 1 - (1 - s.p_end) * min(1.0, int(along * 10 + 1e-9) / 10)
-    if p != state.p and len(z):
-        state.factor *= float(_power(z, state.p).sum() / _power(z, p).sum().clamp_min(1e-12))
-        state.p = p
+    if p != state.p:
+        before, after = (state.part.total(_power(z, power).sum()) for power in (state.p, p))
+        if before > 0:
+            state.factor *= float(before / after.clamp_min(1e-12))
+            state.p = p
 
 
 def _gated(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
-    support, p = _exceeding(w, x, s, 0.0)
+    support, p = _exceeding(w, x, state, s, 0.0)
     at, gate = support.at, p.relu()
     z = (p > 0) * ((p - at(w["b_enc"])) * at(w["r_mag"].exp()) + at(w["b_mag"])).relu()
-    output = reconstruct(w, x, z, support)
+    output = reconstruct(w, x, z, support, state.part)
     error = squared_error(y, output)
     frozen = {name: weight.detach() for name, weight in w.items()}  # the decoder learns from the real codes alone
-    helper = squared_error(y, reconstruct(frozen, x, gate, support))
-    penalty = (gate * at(penalty_norms(w["decoder"], s))).sum() / len(x)
+    helper = squared_error(y, reconstruct(frozen, x, gate, support, state.part))
+    penalty = state.part.total((gate * at(penalty_norms(w["decoder"], s))).sum()) / len(x)
     parts = {"mse": float(error.detach()), "sparsity": float(penalty.detach()), "gate": float(helper.detach())}
     return Step(error + helper + _sparsity(state, s) * penalty, support, z.detach(), output.detach(), parts)
 
@@ -302,16 +309,13 @@ def _jumprelu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> St
     with torch.no_grad():
         w["threshold"].clamp_(min=0)
     reach = w["threshold"].detach() - s.bandwidth / 2  # below the threshold an entry can still teach it
-    support, p = _exceeding(w, x, s, reach)
+    support, p = _exceeding(w, x, state, s, reach)
     threshold = support.at(w["threshold"]).expand_as(p)
     z = _Jump.apply(p, threshold, s.bandwidth)
-    output = reconstruct(w, x, z, support)
+    output = reconstruct(w, x, z, support, state.part)
     error = squared_error(y, output)
-    count = _Count.apply(p, threshold, s.bandwidth)
-    if s.k is None:
-        penalty = count.sum() / len(x)
-    else:  # (L0 / k - 1)^2, of the batch's mean
-        penalty = (count.sum() / len(x) / s.k - 1).square()
+    l0 = state.part.total(_Count.apply(p, threshold, s.bandwidth).sum()) / len(x)
+    penalty = l0 if s.k is None else (l0 / s.k - 1).square()  # l0 is the batch's mean
     parts = {"mse": float(error.detach()), "sparsity": float(penalty.detach())}
     loss = error + _sparsity(state, s) * penalty
     return Step(loss, support, z.detach(), output.detach(), parts)

@@ -18,14 +18,25 @@ from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
 from interp.sae.settings import differences
+from interp.sae.shards import WHOLE, Shard
 from interp.sae.sources import Source
 from interp.sae.trainer import Trainer
 
 FILE = "training.safetensors"
 
 
-def path_of(dir: str | os.PathLike[str]) -> Path:
-    return Path(dir) / FILE
+def path_of(dir: str | os.PathLike[str], part: Shard = WHOLE) -> Path:
+    """The file of a process; those that share the latents have one each."""
+    return Path(dir) / (FILE if part.world == 1 else f"training-{part.rank}-of-{part.world}.safetensors")
+
+
+def begun(dir: str | os.PathLike[str], part: Shard) -> bool:
+    """Whether a training was begun there; SAEError where that was with another number of processes."""
+    place = path_of(dir, part)
+    for file in Path(dir).glob("training*.safetensors"):
+        if file.name.partition("-of-")[2] != place.name.partition("-of-")[2]:
+            raise SAEError(f"{file} is of another number of processes that share the latents; go on with as many")
+    return place.exists()
 
 
 def write(dir: str | os.PathLike[str], trainers: list[Trainer], source: Source) -> Path:
@@ -46,7 +57,7 @@ def write(dir: str | os.PathLike[str], trainers: list[Trainer], source: Source) 
             "scale": [t.scale, t.scale_out, t.limit],
         })  # fmt: skip
     about = json.dumps({"source": source.identity, "cursor": numbers, "runs": runs})
-    target = path_of(dir)
+    target = path_of(dir, trainers[0].state.part)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_suffix(".tmp")
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, {"interp": about})
@@ -67,7 +78,7 @@ def read(dir: str | os.PathLike[str], trainers: list[Trainer], source: Source) -
     """
     from safetensors import SafetensorError, safe_open
 
-    place = path_of(dir)
+    place = path_of(dir, trainers[0].state.part)
     try:
         with safe_open(place, "pt") as handle:
             about = json.loads(handle.metadata()["interp"])

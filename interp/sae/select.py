@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from interp.sae.kernels import Support
+from interp.sae.shards import WHOLE, Shard
 
 CHUNK = 1024  # tokens
 BUSY = 0.05  # share of entries
@@ -47,14 +48,19 @@ def _nonzero(mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: int, half: bool = False) -> Chosen:
+def top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: int, half: bool = False, part: Shard = WHOLE) -> Chosen:
     """The k largest pre-activations of each token, and their values, negative ones included."""
     ids, values = [], []
     for _, p in chunks(x, encoder, bias, half):
-        value, place = largest(p, k)
+        value, place = largest(p, min(k, len(encoder)))
         ids.append(place)
         values.append(value)
-    return Support.slots(torch.cat(ids), len(encoder)), torch.cat(values).flatten()
+    support, found = Support.slots(torch.cat(ids), len(encoder)), torch.cat(values)
+    if part.world == 1:
+        return support, found.flatten()
+    short = torch.nn.functional.pad(found, (0, k - found.shape[1]), value=-torch.inf)  # as many from everyone
+    keep = part.above_bar(short, k)[:, : found.shape[1]].flatten()
+    return support.where(keep), found.flatten()[keep]
 
 
 def largest(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +92,8 @@ def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float, h
 
 
 @torch.no_grad()
-def batch_top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: float, guess: float = 0.0, half: bool = False) -> Chosen:
+def batch_top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: float, guess: float = 0.0, half: bool = False,
+                part: Shard = WHOLE) -> Chosen:  # fmt: skip
     """The k * tokens largest positive pre-activations of the whole batch (Bussmann et al. 2024, arXiv:2412.06410).
 
     `guess` is what the smallest of them was in recent batches (0: unknown). Only what exceeds a little less is
@@ -95,13 +102,14 @@ def batch_top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: float, guess: float
     wanted = int(k * len(x))
     if guess <= 0:  # a few tokens tell about where it lies
         p = torch.addmm(bias, x[:64], encoder.T).flatten()
-        guess = float(p.topk(min(int(k * len(x[:64])), len(p)), sorted=False).values.min())
+        few = min(int(k * len(x[:64])), len(p) * part.world)
+        guess = part.least(p[part.best(p, few)]) or 0.0
     support, values = above(x, encoder, bias, max(0.0, guess * _MARGIN), half)
-    if len(values) < wanted and guess > 0:
+    if part.count(len(values)) < wanted and guess > 0:
         support, values = above(x, encoder, bias, 0.0, half)
-    if len(values) > wanted:
-        kept = values.topk(wanted, sorted=False).indices.sort().values
-        support, values = Support(support.rows[kept], support.ids[kept], len(x), len(encoder)), values[kept]
+    if part.count(len(values)) > wanted:
+        kept = part.best(values, wanted)
+        support, values = support.where(kept), values[kept]
     return support, values
 
 

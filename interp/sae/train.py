@@ -9,8 +9,10 @@ Reading activations costs more than learning from them, so `train_many` trains a
 pass over the data.
 
 **Several processes** (``torchrun --nproc-per-node 2 train.py``): where ``torch.distributed`` has been initialised,
-every process makes the same call; each takes its share of every batch, gradients are averaged, and all end with the
-same weights. Only the first writes checkpoints and shows the bar. batchtopk then chooses within each share.
+every process makes the same call, and all end with the same SAE. With ``parallel="data"`` each takes its share of every
+batch and gradients are averaged; batchtopk then chooses within each share, and only the first writes checkpoints. With
+``parallel="latents"`` all read the same batch and each has its share of the latents (`interp.sae.shards`): the numbers
+of one process, for dictionaries too large for one device; each writes its own checkpoint. Only the first shows the bar.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from interp.bridges.sae_lens import SAEError
 from interp.sae import checkpoint as checkpoints
 from interp.sae.autoencoder import SAE
 from interp.sae.settings import Settings, complete
+from interp.sae.shards import WHOLE, Shard
 from interp.sae.sources import UNNAMED, Live, Source, open_source, site_name
 from interp.sae.trainer import Trainer, warn_if_few
 
@@ -52,6 +55,7 @@ def train(
     log_every: int = 50,
     progress: bool = True,
     device: str | torch.device = "cpu",
+    parallel: str = "data",
     live: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> SAE:
@@ -75,6 +79,7 @@ def train(
         progress: show a bar on standard error.
         device: where to train.
         live: for a model: ``context``, ``run`` (texts per pass), ``buffer`` (tokens mixed); see `sources.Live`.
+        parallel: what several processes share: "data" or "latents".
         **settings: any other field of `Settings`: lr, sparsity, decoder_norm, aux, ...
 
     Returns:
@@ -89,6 +94,7 @@ def train(
     return train_many(
         source, [run], tokens=tokens, batch_size=batch_size, seed=seed, checkpoint=checkpoint,
         checkpoint_every=checkpoint_every, log_every=log_every, progress=progress, device=device, live=live,
+        parallel=parallel,
     )[0]  # fmt: skip
 
 
@@ -104,6 +110,7 @@ def train_many(
     log_every: int = 50,
     progress: bool = True,
     device: str | torch.device = "cpu",
+    parallel: str = "data",
     live: Mapping[str, Any] | None = None,
 ) -> list[SAE]:
     """Several SAEs in one pass over the activations.
@@ -120,7 +127,10 @@ def train_many(
         progress: show a bar.
         device: where to train.
         live: options of a live model.
+        parallel: "data" or "latents".
     """
+    if parallel not in ("data", "latents"):
+        raise SAEError(f"parallel={parallel!r}: expected 'data' or 'latents'")
     if not runs:
         raise SAEError("runs is empty; give at least one SAE to train")
     plans = [_plan(run, source) for run in runs]
@@ -134,8 +144,11 @@ def train_many(
     for sites, targets, options in plans:
         s = _settings(sites, targets, options, sample, total, batch_size, seed)
         warn_if_few(opened.rows, s)
-        trainers.append(Trainer(s, sites, targets, sample, device))
-    if checkpoint is not None and checkpoints.path_of(checkpoint).exists():
+        part = Shard.here(s.d_sae, device) if parallel == "latents" else WHOLE
+        if part.world > 1 and s.arch == "mp":
+            raise SAEError("parallel='latents': matching pursuit chooses one atom after another; use parallel='data'")
+        trainers.append(Trainer(s, sites, targets, sample, device, part))
+    if checkpoint is not None and checkpoints.begun(checkpoint, trainers[0].state.part):
         checkpoints.read(checkpoint, trainers, opened)
     _loop(trainers, opened, batch_size, checkpoint, checkpoint_every, log_every, progress)
     about = _about(opened)
@@ -190,19 +203,21 @@ def _loop(trainers: list[Trainer], source: Source, batch_size: int, checkpoint: 
     if first >= steps:
         return
     rank, world = _place()
+    split = trainers[0].copies > 1  # the tokens; else the latents, or nothing
     with _bar(progress and rank == 0, steps, first) as advance:
         for step, batch in zip(range(first, steps), source.batches(batch_size), strict=False):
-            part = {site: rows[rank::world] for site, rows in batch.items()} if world > 1 else batch
+            part = {site: rows[rank::world] for site, rows in batch.items()} if split else batch
             log = step % log_every == 0 or step + 1 == steps
             for t in trainers:
                 t.step(part, log=log)
             advance(trainers[0])
-            if checkpoint is not None and rank == 0 and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+            writes = rank == 0 or not split
+            if checkpoint is not None and writes and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
                 checkpoints.write(checkpoint, trainers, source)
 
 
 def _place() -> tuple[int, int]:
-    """(rank, processes) of data-parallel training, where ``torch.distributed`` has been set up."""
+    """(rank, processes), where ``torch.distributed`` has been set up."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

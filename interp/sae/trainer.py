@@ -29,6 +29,7 @@ from interp.sae.architectures import (
 )
 from interp.sae.autoencoder import SAE
 from interp.sae.settings import Settings
+from interp.sae.shards import WHOLE, Shard
 from interp.sae.sources import UNNAMED
 
 Row = dict[str, float]
@@ -51,10 +52,12 @@ class Trainer:
         targets: what it reconstructs.
         sample: tokens by site [row, d] from which the scale of the inputs and b_dec are estimated.
         device: where the weights live.
+        part: the latents that this process has, where several processes share them.
     """
 
     def __init__(self, settings: Settings, sites: tuple[str, ...], targets: tuple[str, ...],
-                 sample: dict[str, Tensor], device: torch.device | str = "cpu") -> None:  # fmt: skip
+                 sample: dict[str, Tensor], device: torch.device | str = "cpu",
+                 part: Shard = WHOLE) -> None:  # fmt: skip
         self.settings, self.sites, self.targets, self.device = settings, sites, targets, torch.device(device)
         x, y = self._gather(sample, sites), self._gather(sample, targets)
         good = _finite(x, y, self.sites, self.targets)
@@ -65,9 +68,11 @@ class Trainer:
         self.scale_out = settings.d_out**0.5 / float(aims[kept].mean()) if settings.scale else 1.0
         self.weights: Weights = {
             name: weight.to(self.device).requires_grad_(True)
-            for name, weight in initial(settings, y[good][kept] * self.scale_out).items()
+            for name, weight in part.cut(initial(settings, y[good][kept] * self.scale_out)).items()
         }
-        self.state = State(torch.zeros(settings.d_sae, dtype=torch.long, device=self.device))
+        self.copies = _world() if part.world == 1 else 1  # processes that each have all latents and some of the tokens
+        silent = torch.zeros(len(self.weights["decoder"]), dtype=torch.long, device=self.device)
+        self.state = State(silent, part=part)
         self.counts = Counts()
         self.rows: list[Row] = []
         assert settings.lr is not None
@@ -107,19 +112,20 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         out = FORWARD[s.arch](self.weights, x, y, state, s)
         out.loss.backward()
+        state.part.collect(self.weights["b_dec"])
         self._shared()
         if has_unit_rows(s):
             drop_parallel(self.weights["decoder"])
         if s.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.weights.values(), s.clip)
+            torch.nn.utils.clip_grads_with_norm_(self.weights.values(), s.clip, state.part.norm(self.weights))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         if has_unit_rows(s):
             renormalise(self.weights["decoder"])
         fired = out.support.fired(out.values) > 0
-        state.silent += len(x) * _world()
-        state.silent[_any(fired)] = 0
+        state.silent += len(x) * self.copies
+        state.silent[_any(fired) if self.copies > 1 else fired] = 0
         state.steps += 1
         if log:
             self.log(out, y)
@@ -127,7 +133,7 @@ class Trainer:
 
     def _shared(self) -> None:
         """Data parallel: every process has its part of each batch, and all take the same step."""
-        if (world := _world()) == 1:
+        if (world := self.copies) == 1:
             return
         for weight in self.weights.values():
             if weight.grad is None:
@@ -150,20 +156,20 @@ class Trainer:
     @property
     def dead(self) -> int:
         assert self.settings.dead_after is not None
-        return int((self.state.silent >= self.settings.dead_after).sum())
+        return self.state.part.count(int((self.state.silent >= self.settings.dead_after).sum()))
 
     def log(self, out: Step, y: Tensor) -> None:
         s, loss = self.settings, float(out.loss.detach())
         if not torch.isfinite(out.loss):
             raise SAEError(f"step {self.state.steps}: the loss is {loss}; try a lower lr (it is {s.lr:g})")
-        fires = int((out.values > 0).sum())
+        fires, dead = self.state.part.count(int((out.values > 0).sum())), self.dead
         self.rows.append({
             "step": self.state.steps, "tokens": self.counts.tokens, "loss": loss,
             "fvu": float(squared_error(y, out.output) / variance(y)), "l0": fires / max(1, len(y)),
-            "dead": self.dead, "lr": self.learning_rate(), "threshold": self.state.threshold,
+            "dead": dead, "lr": self.learning_rate(), "threshold": self.state.threshold,
             "outliers": self.counts.outliers, **out.parts,
         })  # fmt: skip
-        if self.dead == s.d_sae or (not fires and self.state.steps > 10):
+        if dead == s.d_sae or (not fires and self.state.steps > 10):
             raise SAEError(
                 f"step {self.state.steps}: all {s.d_sae} latents are dead. Lower sparsity (it is {s.sparsity:g}) or "
                 f"lr (it is {s.lr:g}), raise k, or look at the data: are the activations constant?"
@@ -175,7 +181,8 @@ class Trainer:
         """The SAE in the units of the model: input scale, decoder norms and threshold folded into the weights."""
         import pandas as pd
 
-        s, w = self.settings, {name: weight.detach().clone().cpu() for name, weight in self.weights.items()}
+        s, own = self.settings, {name: weight.detach().clone() for name, weight in self.weights.items()}
+        w = {name: weight.cpu() for name, weight in self.state.part.joined(own).items()}
         decoder = w["decoder"]
         encoder, b_enc = w.get("encoder", decoder), w.get("b_enc", torch.zeros(s.d_sae))
         extra: dict[str, Any] = {name: w[name] for name in ("threshold", "r_mag", "b_mag") if name in w}
@@ -224,11 +231,9 @@ def _world() -> int:
 
 def _any(fired: Tensor) -> Tensor:
     """True where a latent fired in any process."""
-    if _world() > 1:
-        counts = fired.int()
-        torch.distributed.all_reduce(counts)
-        return counts > 0
-    return fired
+    counts = fired.int()
+    torch.distributed.all_reduce(counts)
+    return counts > 0
 
 
 def _finite(x: Tensor, y: Tensor, sites: tuple[str, ...], targets: tuple[str, ...]) -> Tensor:
