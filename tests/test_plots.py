@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -53,3 +54,112 @@ def test_saved_figure_is_one_file_that_loads_nothing(tables, tmp_path):
     assert "Plotly.newPlot" in text
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)\s*=", text)
     assert "<script>alert(1)" not in text
+
+
+HOSTILE = "<b>x</b>"
+
+
+def pairs() -> pd.DataFrame:
+    rows = [(1, i, j, 0.5 / (1 + abs(i - j)), 0.5 + i * j) for i in range(4) for j in range(4) if i != j]
+    return pd.DataFrame(rows, columns=["layer", "expert", "other", "value", "lift"])
+
+
+def curve(x: str) -> pd.DataFrame:
+    rows = [(k, b, s * k, s * k - 0.2, s * k + 0.2) for b, s in (("random", 0.1), ("none", 1.0)) for k in (0, 1, 2)]
+    return pd.DataFrame(rows, columns=[x, "baseline", "value", "low", "high"])
+
+
+def saes() -> pd.DataFrame:
+    points = {"small": (8.0, 0.7), HOSTILE: (16.0, 0.6), "large": (32.0, 0.9)}
+    rows = [
+        (n, m, v, v - 0.05, v + 0.05) for n, p in points.items() for m, v in zip(("l0", "ce_recovered"), p, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["name", "metric", "value", "low", "high"])
+
+
+def every() -> dict[str, Any]:
+    """Each figure of `plots` on a small table with hostile text in it."""
+    effects = pd.DataFrame(
+        [(i, e, t, (-1) ** e * (i + e)) for i in range(2) for e in range(5) for t in ("law", HOSTILE)],
+        columns=["layer", "expert", "label", "value"],
+    )
+    routed = pd.DataFrame([(p, s, (p + s) % 6, 0.5) for p in range(5) for s in range(2)],
+                          columns=["position", "slot", "expert", "weight"])  # fmt: skip
+    words = pd.DataFrame({"token": ["The", " law", HOSTILE, "\n"] * 5, "value": [0.0, 1.0, 2.0, 0.5] * 5})
+    contexts = pd.DataFrame(
+        {"value": [3.0, 2.0], "before": ["in the ", HOSTILE], "token": [" law", "b"], "after": ["", "c"]}
+    )
+    writes = pd.DataFrame({"token": [HOSTILE, "b", "c"], "value": [1.0, -1.0, 0.5]})
+    spread = pd.DataFrame({"value": [0.0, 1.0, 1.0, 2.0], "label": ["law", "law", HOSTILE, HOSTILE]})
+    layers = pd.concat([curve("layer"), pd.DataFrame([(None, "bag of tokens", 0.6, 0.5, 0.7)],
+                        columns=["layer", "baseline", "value", "low", "high"])])  # fmt: skip
+    return {
+        "expert_heat": plots.expert_heat(effects, HOSTILE, unit="nats"),
+        "routing": plots.routing(routed, HOSTILE, tokens=["The", HOSTILE, " a", "b", "c"]),
+        "token_highlight": plots.token_highlight(words, HOSTILE),
+        "dose_response": plots.dose_response(curve("multiplier"), HOSTILE),
+        "layer_curve": plots.layer_curve(layers, HOSTILE),
+        "sae_frontier": plots.sae_frontier(saes(), HOSTILE),
+        "feature_card": plots.feature_card(contexts, HOSTILE, writes, values=[1.0, 2.0, 3.0]),
+        "coactivation": plots.coactivation(pairs(), HOSTILE),
+        "distributions": plots.distributions(spread, HOSTILE, unit="nats"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["expert_heat", "routing", "token_highlight", "dose_response", "layer_curve",
+                                  "sae_frontier", "feature_card", "coactivation", "distributions"])  # fmt: skip
+def test_a_figure_escapes_names_its_axes_and_sets_nothing(name: str) -> None:
+    import plotly.io as pio
+
+    default = pio.templates.default
+    figure = every()[name]
+    assert pio.templates.default == default  # registered, not set
+    layout = figure.to_dict()["layout"]
+    assert HOSTILE not in str(figure.to_dict()).replace("<b>" + plots.style.token(" law") + "</b>", "")
+    assert layout["title"]["text"].startswith("&lt;b&gt;x")
+    assert layout["height"] <= 900
+    for key, axis in layout.items():
+        if re.fullmatch(r"[xy]axis\d*", key) and axis.get("visible", True) and "matches" not in axis:
+            assert axis.get("title", {}).get("text") or name == "feature_card", (name, key)
+
+
+def test_the_figures_show_the_tables() -> None:
+    made = every()
+    heat = made["expert_heat"].data
+    assert heat[0].z.tolist() == [[0, -1, 2, -3, 4], [1, -2, 3, -4, 5]]
+    assert (heat[0].zmin, heat[0].zmax) == (-5, 5)
+    assert made["routing"].data[0].z[0][0] == 0.5
+    lines = {t.name: t for t in made["dose_response"].data if t.name}
+    assert list(lines["measured (band: 95 %)"].y) == [0, 1, 2]
+    front = made["sae_frontier"].data[0]
+    assert list(front.x) == [8, 32]  # the middle one is beaten by the small one
+    level = next(t for t in made["layer_curve"].data if t.name and t.name.startswith("bag"))
+    assert list(level.y) == [0.6, 0.6]
+    assert sum(made["distributions"].data[0].y) == pytest.approx(1)
+    ring = made["coactivation"].data
+    assert sum(t.line.color == plots.OKABE_ITO[0] for t in ring if t.mode == "lines" and t.text) == sum(
+        pairs()["lift"] < 1
+    )
+    words = made["token_highlight"].data[0]
+    assert words.text[0][:2] == ("The", "␣law") or list(words.text[0][:2]) == ["The", "␣law"]
+    assert sum(len([c for c in row if c]) for row in words.text) == 20
+
+
+def test_a_table_of_another_kind_is_refused() -> None:
+    with pytest.raises(plots.PlotError, match=r"dose_response: the table has no column 'multiplier' .*experts\.dose"):
+        plots.dose_response(pairs(), "t")
+    with pytest.raises(plots.PlotError, match="empty"):
+        plots.token_highlight(pd.DataFrame({"token": [], "value": []}), "t")
+    with pytest.raises(plots.PlotError, match=r"layer=9: the table has layers \[1\]"):
+        plots.coactivation(pairs(), "t", layer=9)
+
+
+def test_a_picture_of_a_figure(tmp_path) -> None:
+    import shutil
+
+    if not any(shutil.which(n) for n in ("chromium", "chromium-browser", "google-chrome")):
+        pytest.skip("no Chromium is installed here")
+    path = plots.save(plots.dose_response(curve("multiplier"), "t"), tmp_path / "f.png")
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(data[16:20], "big") == 1000  # its width

@@ -1,22 +1,15 @@
-"""Figures. They read only Tables (DataFrames), never models, and are saved as one HTML file that needs no
-network.
-
-Colours are those of Okabe and Ito, told apart with every common form of colour blindness; heat maps use
-cividis. Text that came from models or users is escaped before it enters a figure.
-"""
+"""The overview of a model: residual norms, attention entropy, expert load. It reads only Tables."""
 
 from __future__ import annotations
 
 import html
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from interp.plots.style import OKABE_ITO, template
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
 def overview(residual: pd.DataFrame, attention: pd.DataFrame, load: pd.DataFrame, title: str) -> go.Figure:
@@ -42,21 +35,13 @@ def overview(residual: pd.DataFrame, attention: pd.DataFrame, load: pd.DataFrame
     _load_panel(figure, load)
     figure.update_layout(
         title=html.escape(title),
-        template="plotly_white",
+        template=template(),
         font_size=13,
         height=560,
         legend={"orientation": "h", "y": -0.16},
         margin={"t": 110, "b": 110},
     )
     return figure
-
-
-def save(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as one HTML file with everything inside (about 5 MB); it opens without a network."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(path, include_plotlyjs=True, full_html=True, config={"displaylogo": False, "responsive": True})
-    return path
 
 
 def _residual_panel(figure: go.Figure, residual: pd.DataFrame) -> None:
