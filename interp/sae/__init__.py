@@ -8,21 +8,24 @@
 
 From the bottom: `kernels` (sparse codes, forward and backward), `select` and `pursuit` (which latents fire), `settings`
 and `architectures` (each paper's loss on one path), `sources`, `trainer`, `checkpoint` and `train`; `autoencoder` (what
-comes out), `files` (on disk), `edits` (as interventions); `evaluate`, `probing`, `dark` and `versus` (what it is worth,
-beside experts); `latents`, `page`, `explain` and `find` (what a latent is about); `behaviour` (what it can steer).
+comes out), `files` (on disk), `edits` (as interventions); `evaluate`, `probing`, `absorption`, `isolation`, `dark` and
+`versus` (what it is worth, beside experts); `latents`, `page`, `explain` and `find` (what a latent is about);
+`behaviour` (what it can steer); `shards` (latents over several processes).
 """
 
 from __future__ import annotations
 
 from interp.bridges.sae_lens import SAEError
+from interp.sae.absorption import absorption, first_letters
 from interp.sae.autoencoder import ARCHITECTURES, SAE
 from interp.sae.dark import dark_matter
 from interp.sae.evaluate import evaluate, pareto, pareto_figure
 from interp.sae.files import from_sae_lens, load, pretrained, save
+from interp.sae.isolation import isolation
 from interp.sae.settings import DEFAULTS, Settings
 from interp.sae.train import train, train_many
 
 __all__ = [
-    "ARCHITECTURES", "DEFAULTS", "SAE", "SAEError", "Settings", "dark_matter", "evaluate", "from_sae_lens", "load",
-    "pareto", "pareto_figure", "pretrained", "save", "train", "train_many",
+    "ARCHITECTURES", "DEFAULTS", "SAE", "SAEError", "Settings", "absorption", "dark_matter", "evaluate", "first_letters",
+    "from_sae_lens", "isolation", "load", "pareto", "pareto_figure", "pretrained", "save", "train", "train_many",
 ]  # fmt: skip
