@@ -3,7 +3,8 @@
 Check: with a large offset that all activations share, the centred vector has a cosine of at least .99 with the
 planted direction and the uncentred at most .7; a held-out shift of genre at equal norm beats the uncentred vector and
 random ones. The same function takes the mean off function vectors (HED-07). The genre is read as the likelihood of
-held-out sentences of it against plain ones, on SmolLM2 with texts of our own.
+held-out sentences of it against plain ones, on SmolLM2 with texts of our own. Whether first tokens count in the means
+is chosen on some sentences and confirmed on others.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PLAIN = [
     "They painted the kitchen yellow and put new tiles on the floor.",
     "The train to the city leaves every half hour from platform two.",
 ]
-HELD_OUT = [
+CHOOSING = [
     ("The next morning", " the ship left the harbour under full sail.", " the family left the house by the back door."),
     ("I remember how", " the waves rose above the deck.", " the lights went out in the street."),
     ("They looked up and saw", " the sails torn by the storm.", " the clock above the station."),
@@ -48,6 +49,22 @@ HELD_OUT = [
     ("At last she found", " the wreck beneath the tide.", " the keys beneath the sofa."),
     ("In the evening", " the sailors sang on the pier.", " the neighbours watched television."),
     ("It was the sound of", " the anchor striking the reef.", " the phone ringing in the hall."),
+]
+CONFIRMING = [
+    ("In the old photograph", " the crew stood on the deck of a brig.", " the class stood on the steps of a school."),
+    (
+        "Before breakfast",
+        " they scrubbed the planks and coiled the ropes.",
+        " they swept the stairs and made the beds.",
+    ),
+    ("The letter said that", " the frigate had run aground.", " the bank had raised its fees."),
+    ("Far away we could see", " a lighthouse above the surf.", " a tower above the roofs."),
+    ("She had learnt to", " steer by the stars.", " type with ten fingers."),
+    ("What woke him was", " the roar of the breakers.", " the noise of the lorry."),
+    ("By the end of the week", " the fleet had rounded the cape.", " the team had finished the plan."),
+    ("His uncle had been", " a boatswain on a whaling ship.", " a clerk in an insurance office."),
+    ("They were afraid of", " sharks and squalls.", " dogs and thieves."),
+    ("The price included", " a hammock below deck.", " a room with breakfast."),
 ]
 
 
@@ -63,13 +80,25 @@ def test_centring_takes_off_the_large_offset_that_hides_the_direction():
 
 @pytest.mark.smollm2
 def test_genre_shift_at_equal_norm_beats_uncentred_and_random(smollm2):
-    # first tokens are left out: SmolLM2's are a hundred times as large as all others
-    centred = steering.mean_centre(smollm2, SEA, PLAIN, layer=15, skip=1)
-    uncentred = steering.mean_centre(smollm2, SEA, None, layer=15, skip=1).with_norm(centred.norm)
-    table = propensities(smollm2, centred, HELD_OUT, [0, 1], baselines={"uncentred": uncentred})
-    by = {name: part.groupby(["item", "multiplier"]).value.mean().unstack() for name, part in table.groupby("baseline")}
-    gain = {name: part[1.0] - part[0.0] for name, part in by.items()}
-    print({name: round(float(g.mean()), 3) for name, g in gain.items()}, "norm", round(centred.norm, 2))
+    def vectors(skip):
+        centred = steering.mean_centre(smollm2, SEA, PLAIN, layer=15, skip=skip)
+        return centred, steering.mean_centre(smollm2, SEA, None, layer=15, skip=skip).with_norm(centred.norm)
+
+    def gains(skip, items, controls):
+        centred, uncentred = vectors(skip)
+        table = propensities(smollm2, centred, items, [0, 1], controls=controls, baselines={"uncentred": uncentred})
+        by = table.groupby(["baseline", "multiplier", "item"]).value.mean()
+        return {name: (by[name, 1.0] - by[name, 0.0]).to_numpy() for name in by.index.unique("baseline")}
+
+    # SmolLM2's first tokens are a hundred times as large as all others, so with them a mean is mostly noise
+    margin = {}
+    for skip in (0, 1):
+        gain = gains(skip, CHOOSING, 0)
+        margin[skip] = float((gain["none"] - gain["uncentred"]).mean())
+    skip = max(margin, key=margin.get)
+    print(f"centred less uncentred where it is chosen: {margin}; chosen: skip={skip}")
+    gain = gains(skip, CONFIRMING, 20)
+    print("on fresh sentences:", {name: round(float(g.mean()), 3) for name, g in gain.items()})
     for rival in ("uncentred", "random"):
         low, high = bootstrap(gain["none"] - gain[rival])
         print(f"centred less {rival}: {low:.3f} .. {high:.3f}")
