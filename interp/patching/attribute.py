@@ -12,7 +12,8 @@ method            estimate of a node's effect                                   
 ================  =====================================================================  ===================
 
 Two of the forward passes find out what the metric reads and what it is in both runs, and one row more plans the memory.
-Gradients stop at the activations, no weight's is ever made, so a backward pass does about the arithmetic of a forward
+GradDrop checks its shortcut on the first pair, which takes this pair one backward pass more. Gradients stop at the
+activations, no weight's is ever made, so a backward pass does about the arithmetic of a forward
 one. `.attrs["cost"]` is what was counted, layer by layer.
 
 The absolute value is taken per pair, inside the mean over pairs (eq. 5 of AtP*): a node that helps in half of the pairs
@@ -31,7 +32,7 @@ from interp.activations import Activations
 from interp.hooks import resume
 from interp.patching import graddrop
 from interp.patching.gather import grouped
-from interp.patching.linear import Linear
+from interp.patching.linear import Levels, Linear
 from interp.patching.memory import Meter, default_budget
 from interp.patching.nodes import Node, Nodes, expand
 from interp.patching.patch import table
@@ -92,7 +93,7 @@ def attribute(
     with without_flash(m) as switched, resume.counted(m.anatomy.layers) as passes:
         with torch.no_grad():
             recorded = Recorded(m, task, default_budget(m.device) if budget is None else budget)
-        work = Attribution(recorded, wanted, method, steps)
+        work = Attribution(recorded, wanted, method, steps, passes)
         value, score = work.run()
     _missing(value, wanted, task)
     rows = table(m, task, recorded.baseline, recorded.target, wanted, value, method)
@@ -110,18 +111,33 @@ def attribute(
 class Attribution:
     """One method over all pairs, as many at a time as the budget holds."""
 
-    def __init__(self, recorded: Recorded, nodes: Sequence[Node], method: str, steps: int) -> None:
+    def __init__(
+        self, recorded: Recorded, nodes: Sequence[Node], method: str, steps: int, passes: resume.Passes | None = None
+    ) -> None:
+        self.passes = resume.Passes() if passes is None else passes  # what has been counted
         self.recorded, self.nodes, self.method, self.steps = recorded, nodes, method, steps
         self.m, self.task = recorded.m, recorded.task
         self.groups = grouped(nodes, self.task.width, self.m.device)
-        self.layers = torch.tensor([min(-1 if s.layer is None else s.layer for s in n.sites) for n in nodes])
         self.notes: dict[int, str] = {}
-        if method in ("atp+graddrop", "atp*"):
+        self.drops, self.checked, self.apart = method in ("atp+graddrop", "atp*"), False, False
+        if self.drops:
             self.m.resolve([f"{name}[{i}]" for name in ("resid_pre", "resid_post") for i in range(self.m.n_layers)])
             if any(n.others and len({s.layer for s in n.sites}) > 1 for n in nodes):
                 raise PatchError(
                     f"method={method!r}: a window of layers has no layer of its own to leave out; use 'atp' or 'atp+qk'"
                 )
+            self.levels = self._levels()
+
+    def _levels(self) -> Levels:
+        """The nodes by layer, as the walk down the layers meets them."""
+        numbers: dict[int | None, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            numbers.setdefault(node.site.layer, []).append(i)
+        width, device = self.task.width, self.m.device
+        return {
+            layer: (torch.tensor(own, device=device), grouped([self.nodes[i] for i in own], width, device))
+            for layer, own in numbers.items()
+        }
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Signed estimates and scores [node, pair]."""
@@ -137,18 +153,35 @@ class Attribution:
         return value, score
 
     def _some(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        there = self._source(pairs)
         if self.method == "ig":
-            return self._integrated(pairs, there)
-        fixes, drops = self.method in ("atp+qk", "atp*"), self.method in ("atp+graddrop", "atp*")
-        line = Linear(self.recorded, pairs, self.groups, there, fixes=fixes, streams=drops)
+            return self._integrated(pairs, self._source(pairs))
+        line = self._line(pairs)
+        if self.drops:
+            return self._dropped(line)
+        value = line.estimate(line.gradient(), len(self.nodes))
+        return value, value.abs()
+
+    def _line(self, pairs: Tensor) -> Linear:
+        """The base run of some pairs, ready for estimates."""
+        fixes = self.method in ("atp+qk", "atp*")
+        line = Linear(self.recorded, pairs, self.groups, self._source(pairs), fixes=fixes, streams=self.drops)
         self.notes |= line.notes
-        full = line.gradient()
-        value = line.estimate(full, len(self.nodes))
-        if not drops:
-            return value, value.abs()
-        without = [(i, line.estimate(gradient, len(self.nodes))) for i, gradient in line.dropped(full)]
-        return value, graddrop.score(value, without, self.layers.to(value.device), self.m.n_layers)
+        return line
+
+    def _dropped(self, line: Linear) -> tuple[Tensor, Tensor]:
+        """By GradDrop. The first pair tells whether one layer's residual stream is all that the next one gets."""
+        before = self.passes.backward
+        value, score = line.dropped(self.levels, len(self.nodes), self.apart)
+        if not self.apart:  # hooks see a batched step once, whatever its rows
+            self.passes.backward = before + graddrop.passes(self.m.n_layers) * value.shape[1]
+        if self.checked:
+            return value, score
+        self.checked, whole = True, line.estimate(line.gradient(), len(self.nodes))
+        close = 1e-3 if self.m.dtype in (torch.float32, torch.float64) else 3e-2
+        if float((value - whole).abs().max()) <= close * float(whole.abs().max()):
+            return value, score
+        self.apart = True
+        return line.dropped(self.levels, len(self.nodes), apart=True)
 
     def _integrated(self, pairs: Tensor, there: Activations) -> tuple[Tensor, Tensor]:
         """Gradients at the middles of equal steps, averaged; the difference of activations is that of the two ends."""

@@ -51,4 +51,4 @@ class _Write:
 def per_expert(ids: Tensor, values: Tensor, n_experts: int) -> Tensor:
     """One value per expert [pair, pos, expert] from one per slot [pair, pos, slot]; slots of one expert agree."""
     out = torch.zeros(*ids.shape[:-1], n_experts, dtype=torch.float32, device=ids.device)
-    return out.scatter_(-1, ids, values.float())
+    return out.scatter(-1, ids, values.float())

@@ -4,12 +4,12 @@ The estimate of a node is (activation of the source run - activation of the base
 the node alone (AtP: Nanda 2023; Kramár et al., arXiv 2403.00745, eq. 4). With `fixes`, queries, keys and router scores
 go exactly through the softmax or choice that they meet and linearly from there on (`qk_fix`, `router_fix`).
 
-Which gradient it is taken with is the caller's: the run's own, one of GradDrop's, a mean along a path.
+Which gradient it is taken with is the caller's: the run's own, those of GradDrop, a mean along a path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -28,6 +28,9 @@ from interp.patching.qk_fix import KeyMoves, QueryMoves
 from interp.patching.recorded import Recorded, given
 from interp.patching.task import PatchError, Run
 from interp.sites import Site
+
+#: Nodes by layer (None: before the layers): their numbers, and their groups, in which they are counted from 0.
+Levels = dict[int | None, tuple[Tensor, list[Group]]]
 
 
 class Linear:
@@ -135,6 +138,9 @@ class Linear:
 
     def _routers(self, layers: list[int]) -> dict[int, Tensor]:
         """Finds the moves of each router's weights; gives, per layer, the experts that some move would bring in."""
+        for i in [i for i in layers if not router_fix.reaches(self.m, i)]:
+            layers.remove(i)
+            self.notes[i] = "router scores by their slope: experts outside transformers' experts interface"
         if not layers:
             return {}
         sites = [Site(n, i) for i in layers for n in ("router_logits", "expert_ids", "expert_weight")]
@@ -159,42 +165,71 @@ class Linear:
     @property
     def at(self) -> dict[Site, Tensor]:
         """The activations in the graph that estimates are made with."""
-        wanted = set()
-        for g in self.groups:
-            site, layer = g.base, g.base.layer
-            if site.name in ("q", "k") and layer in (self.queries if site.name == "q" else self.keys):
-                wanted.add(Site("pattern", layer))
-            elif site.name == "router_logits" and layer in self.routers:
-                wanted.add(Site("expert_weight", layer))
-            else:
-                wanted.add(site)
-        return {s: self.run[s] for s in sorted(wanted)}
+        return {s: self.run[s] for s in sorted({self._through(g) for g in self.groups})}
+
+    def _through(self, g: Group) -> Site:
+        """Where the gradient is taken that a group is estimated with: behind the softmax or choice, if it is fixed.
+
+        Fixed are whole queries, keys and scores; a single coordinate or another part of one goes by its slope.
+        """
+        site, layer = g.base, g.base.layer
+        fixes: dict[str, dict[int, Any]] = {"q": self.queries, "k": self.keys, "router_logits": self.routers}
+        if layer not in fixes.get(site.name, {}) or g.part is not None or g.keys not in (("head",), ("expert",)):
+            return site
+        return Site("expert_weight" if site.name == "router_logits" else "pattern", layer)
 
     def gradient(self) -> Gradient:
-        streams = {s: t for s, t in self.run.tensors.items() if s.name == "resid_post"}
-        return graddrop.gradients(self.value, None, self.at | streams)
+        """dL / d activation at every site that estimates are made with."""
+        return graddrop.gradients(self.value, None, self.at)
 
-    def dropped(self, full: Gradient) -> Iterator[tuple[int, Gradient]]:
-        streams = {s: t for s, t in self.run.tensors.items() if s.name == "resid_pre"}
-        return graddrop.dropped(full, streams, self.at, self.m.n_layers)
+    def dropped(self, levels: Levels, n_nodes: int, apart: bool = False) -> tuple[Tensor, Tensor]:
+        """Signed estimates by the whole gradient, and GradDrop's scores [node, pair].
+
+        Args:
+            levels: the nodes by layer: their numbers, and their groups, in which they are counted from 0.
+            n_nodes: how many there are in all.
+            apart: do not rely on the residual stream alone (`graddrop.apart`).
+        """
+        value, score = torch.zeros(2, n_nodes, len(self.pairs), device=self.m.device)
+        streams = {s: t for s, t in self.run.tensors.items() if s.name in ("resid_pre", "resid_post")}
+        walk = graddrop.apart if apart else graddrop.walk
+        for layer, gradient in walk(self.value, streams, self.at, self.m.n_layers):
+            if layer in levels:
+                numbers, groups = levels[layer]
+                rows = self._rows(gradient, groups, len(numbers))
+                value[numbers], score[numbers] = rows[0], graddrop.score(rows, layer, self.m.n_layers)
+        return value, score
 
     # -- estimates ---------------------------------------------------------------------------------------------
     def estimate(self, gradient: Gradient, n_nodes: int) -> Tensor:
         """Estimated effect of each node [node, pair]; nodes at sites that `gradient` lacks get 0."""
         return gather(self.groups, n_nodes, len(self.pairs), partial(self._map, gradient))
 
+    def _rows(self, gradient: Gradient, groups: Sequence[Group], n_nodes: int) -> Tensor:
+        """`estimate` [row, node, pair] by gradients [row, pair, pos, ...], for some of the groups."""
+        first = next(iter(gradient.values()))
+        out = torch.zeros(len(first), n_nodes, len(self.pairs), device=first.device)
+        for g in groups:
+            out.index_add_(1, g.node, torch.func.vmap(partial(self._looked_up, g=g))(gradient))
+        return out
+
+    def _looked_up(self, gradient: Gradient, g: Group) -> Tensor:
+        values = self._map(gradient, g)
+        assert values is not None  # the gradient has every site of its layer
+        return g.look_up(values.float())
+
     def _map(self, gradient: Gradient, g: Group) -> Tensor | None:
-        site, layer = g.base, g.base.layer
+        site, layer, through = g.base, g.base.layer, self._through(g)
         assert layer is not None or site.name == "embed"
-        moves = {"q": self.queries, "k": self.keys}.get(site.name, {}).get(layer)  # type: ignore[attr-defined]
-        if moves is not None and g.keys == ("head",) and g.part is None:
-            pattern = gradient.get(Site("pattern", layer))
-            return None if pattern is None else moves.effect(pattern)
-        if site.name == "router_logits" and layer in self.routers and g.keys == ("expert",):
+        if through not in gradient:
+            return None
+        if through.name == "pattern" and site.name != "pattern":
+            assert layer is not None
+            return (self.queries if site.name == "q" else self.keys)[layer].effect(gradient[through])
+        if site.name == "router_logits" and through != site:
+            assert layer is not None
             slope = self._slopes(gradient, layer)
             return None if slope is None else torch.einsum("btef,btf->bte", self.routers[layer], slope)
-        if site not in gradient:
-            return None
         if site.kind.routed:
             assert layer is not None
             return self._experts(gradient, site, layer)

@@ -8,6 +8,7 @@ and every one that is let go, and the batch is as large as the budget allows.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,11 +34,10 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+        for tensor in _tensors(out if isinstance(out, (tuple, list)) else (out,)):
+            if tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self._seen:
+                if storage._cdata not in self._seen and not _holds((*args, *(kwargs or {}).values()), storage._cdata):
                     self._add(storage)
         return out
 
@@ -51,6 +51,20 @@ class Meter(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, which hold them bare or in lists; this runs very often."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _holds(values: Any, key: int) -> bool:
+    """Is a storage the one of some tensor among `values`, of which a result is then a view?"""
+    return any(tensor.untyped_storage()._cdata == key for tensor in _tensors(values))
 
 
 def default_budget(device: torch.device) -> int:

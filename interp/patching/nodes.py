@@ -164,6 +164,7 @@ def _sites(m: Model, text: str) -> list[Site]:
 
 
 def _check(m: Model, sites: Sequence[Site]) -> None:
+    m.resolve([str(site) for site in sites])
     for site in sites:
         if site.name in _REFUSED:
             raise SiteError(f"{site}: {site.name} is no node: {_REFUSED[site.name]}")
@@ -175,7 +176,6 @@ def _check(m: Model, sites: Sequence[Site]) -> None:
                     f"{site}: {m.name} computes its experts outside transformers' experts interface, so an expert that "
                     "was not chosen cannot be switched on; patch mlp_out or router_logits instead"
                 )
-    m.resolve([str(site) for site in sites])
 
 
 def _read_positions(text: str, whole: str) -> str | int:

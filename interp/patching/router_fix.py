@@ -12,9 +12,13 @@ base run had. A router that none of the rules explains (groups, biases of the ch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from interp.model import Model
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,18 @@ class Rule:
         return weights * self.scale
 
 
+def reaches(m: Model, layer: int) -> bool:
+    """Can experts that were not chosen be run too? Only transformers' experts interface takes more slots."""
+    return all(
+        (place := m.anatomy.places.get((name, layer))) is not None and place.how == "experts"
+        for name in ("expert_ids", "expert_weight", "expert_out")
+    )
+
+
 def dense(ids: Tensor, weights: Tensor, n_experts: int) -> Tensor:
     """Weight of every expert [..., expert], from the chosen ones and their weights [..., slot]."""
     out = torch.zeros(*ids.shape[:-1], n_experts, dtype=torch.float32, device=ids.device)
-    return out.scatter_add_(-1, ids, weights.float())
+    return out.scatter_add(-1, ids, weights.float())
 
 
 def rule_of(logits: Tensor, ids: Tensor, weights: Tensor) -> Rule | None:

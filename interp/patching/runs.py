@@ -31,6 +31,7 @@ from interp.patching.nodes import Node
 from interp.patching.recorded import AT_ONCE, Recorded, given, kind
 from interp.patching.task import Direction, PatchError, Task, evaluate, without_flash
 from interp.patching.writes import Entry, Given, writes
+from interp.progress import bar
 from interp.sites import Site
 
 if TYPE_CHECKING:
@@ -133,11 +134,13 @@ class Patcher:
             for row in rows:
                 left[row.set] += 1
             out = torch.zeros(len(sets), self.task.pairs, device=self.m.device)
-            for chunk in self._chunks(rows):
-                for row, made in zip(chunk, self._run(chunk), strict=True):
-                    logits.setdefault(row.set, {})[row.pair] = made
-                    if len(logits[row.set]) == left[row.set]:
-                        out[row.set] = self._effect(logits.pop(row.set), sets[row.set])
+            with bar("patching", len(rows)) as advance:
+                for chunk in self._chunks(rows):
+                    for row, made in zip(chunk, self._run(chunk), strict=True):
+                        logits.setdefault(row.set, {})[row.pair] = made
+                        if len(logits[row.set]) == left[row.set]:
+                            out[row.set] = self._effect(logits.pop(row.set), sets[row.set])
+                    advance(len(chunk))
         lengths = self.task.lengths()
         for i, nodes in enumerate(sets):
             reach = max((n.position for n in nodes if n.position is not None), default=-1)

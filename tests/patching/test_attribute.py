@@ -153,7 +153,7 @@ def test_what_it_costs() -> None:
     }
     total = {method: c["forward"] + c["backward"] for method, c in cost.items()}
     assert cost["atp"]["backward"] == pytest.approx(1, abs=0.15)
-    assert cost["atp*"]["backward"] <= (8 + 1) / 2
+    assert cost["atp*"]["backward"] == pytest.approx((8 + 1) / 2 + 1 / 2, abs=0.1)  # one pair of two checks the walk
     assert total["atp"] <= 6
     assert total["atp*"] <= 8 + 4
     assert total["atp"] < total["atp+qk"] < total["atp*"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import interp
 from interp import edits
-from interp.patching import attribute, effects, patch
-from interp.patching.graddrop import score
+from interp.patching import Patcher, attribute, effects, patch
+from interp.patching.attribute import Attribution
+from interp.patching.graddrop import score, stacked
 from interp.patching.nodes import expand
+from interp.sites import Site
 
 from .conftest import differing, logit_gap
 from .nets import cancelling
@@ -50,9 +54,9 @@ def literal(m: interp.Model, clean: Tensor, corrupt: Tensor, names: list[str]) -
     return total / (m.n_layers - 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granitemoe", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granitemoe", "falcon", "monet"])
 def test_equals_its_literal_definition(family: str) -> None:
-    """Plain sums, norms behind the blocks, residual multipliers and experts, parallel blocks."""
+    """Plain sums, norms behind the blocks, multipliers and experts, parallel blocks, a router for several layers."""
     m, (clean, corrupt) = interp.load(f"tiny:{family}"), differing(2, 6, changed=(1, 3))
     names = [n for n in NODES if n == "embed" or m.anatomy.having(n.removesuffix("[*]"))]
     table = attribute(m, clean, corrupt, logit_gap, names, method="atp+graddrop")
@@ -81,14 +85,41 @@ def test_cancelling_paths_hide_a_node_from_atp_and_not_from_graddrop() -> None:
 
 
 def test_the_average_by_hand() -> None:
-    full, layers = torch.tensor([[3.0], [-4.0]]), torch.tensor([2, 0])
-    without = [
-        (0, torch.tensor([[99.0], [0.0]])),
-        (1, torch.tensor([[99.0], [1.0]])),
-        (2, torch.tensor([[0.0], [-5.0]])),
-    ]
-    assert score(full, without, layers, 3).flatten().tolist() == [(3 + 3 + 0) / 2, (0 + 1 + 5) / 2]
-    assert score(full, [], layers, 1).flatten().tolist() == [3, 4]
+    top = torch.tensor([3.0, 0.0])[:, None, None]  # in layer 2 of 3: the whole one, and its own layer dropped
+    assert score(top, 2, 3).item() == (3 + 3 + 0) / 2
+    bottom = torch.tensor([-4.0, -5.0, 1.0, 0.0])[:, None, None]  # in layer 0: then layers 2, 1 and 0 dropped
+    assert score(bottom, 0, 3).item() == (5 + 1 + 0) / 2
+    assert score(torch.cat([bottom, bottom[:1]])[:4], None, 3).item() == (5 + 1 + 0) / 2
+    assert score(bottom[:2], 0, 1).item() == 4
+
+
+def test_layers_that_share_more_than_the_stream_are_noticed() -> None:
+    """Monet's layers share the router of their group, so the walk down the stream would miss what passes beside it."""
+    m, (clean, corrupt) = interp.load("tiny:monet"), differing(2, 6, changed=(1, 3))
+    recorded = Patcher(m, clean, corrupt, logit_gap).recorded
+    nodes = expand(m, ["resid_pre[*]", "mlp_out[*]"], m.tokens(clean))
+    work = Attribution(recorded, nodes, "atp+graddrop", 1)
+    work.run()
+    assert work.apart
+    walked, whole = work._line(torch.arange(2)), literal(m, clean, corrupt, ["resid_pre[*]", "mlp_out[*]"])
+    close = 2e-6 * max(1.0, float(whole.max()))
+    assert float((walked.dropped(work.levels, len(nodes))[1] - whole).abs().max()) > 10 * close
+    assert float((walked.dropped(work.levels, len(nodes), apart=True)[1] - whole).abs().max()) < close
+
+
+def test_a_step_that_cannot_be_batched_is_taken_row_by_row() -> None:
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g * (2.0 if g.abs().max().item() >= 0 else 0.0)  # looks at values, which batches do not have
+
+    x, site = torch.randn(3, requires_grad=True), Site("embed")
+    rows = torch.randn(4, 3)
+    assert torch.equal(stacked(Odd.apply(x), rows, {site: x})[site], 2 * rows)
 
 
 def test_ranks_by_the_absolute_value_inside_the_mean() -> None:

@@ -174,3 +174,13 @@ def test_a_layer_that_is_not_explained_says_so() -> None:
     table = attribute(m, clean, corrupt, logit_gap, "q[*]", method="atp+qk")
     assert all("do not give this layer's pattern back" in why for why in table.attrs["plain"].values())
     assert table.attrs["plain"]
+
+
+def test_a_coordinate_of_a_query_goes_by_its_slope() -> None:
+    """The fix takes whole queries through the softmax; their coordinates keep AtP, and sum to AtP of the whole."""
+    m, (clean, corrupt) = interp.load("tiny:llama"), differing(2)
+    whole = attribute(m, clean, corrupt, logit_gap, "q[1, head=0]@-1", method="atp")
+    parts = attribute(m, clean, corrupt, logit_gap, "q[1, head=0, dim=*]@-1", method="atp*")
+    assert len(parts) > 1
+    assert parts.value.abs().max() > 0
+    assert parts.value.sum() == pytest.approx(whole.value[0], rel=1e-3, abs=1e-7)

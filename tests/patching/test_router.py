@@ -15,8 +15,10 @@ from interp.patching.gather import grouped
 from interp.patching.linear import Linear
 from interp.patching.nodes import expand
 from interp.patching.router_fix import Rule, dense, entering, moved, rule_of
+from interp.sites import SiteError
+from interp.zoo.families import families
 
-from .conftest import differing, logit_gap
+from .conftest import differing, logit_gap, one_by_one
 
 SOFTMAX, GPT_OSS, SIGMOID = Rule("softmax", False, 2), Rule("softmax", True, 2), Rule("sigmoid", True, 3, 2.5)
 
@@ -116,6 +118,27 @@ def test_experts_that_were_not_chosen_have_a_slope(family: str) -> None:
     assert (truth.value != 0).sum() >= 4
     assert largest > 1e-5
     assert (made.value - truth.value).abs().max() < 0.1 * largest + 2e-6
+
+
+@pytest.mark.parametrize("family", families("moe-undecorated"))
+def test_families_outside_the_experts_interface(family: str) -> None:
+    """An expert that was not chosen has no slot there: experts are refused, what is named instead is exact."""
+    m, (clean, corrupt) = interp.load(f"tiny:{family}"), differing(2, 6)
+    routed = m.anatomy.having("router_logits")
+    layer = max(routed, default=1)
+    for name in ("expert_weight", "expert_out"):
+        with pytest.raises(SiteError, match=r"outside transformers' experts interface|no weight x output exists"):
+            patch(m, clean, corrupt, logit_gap, f"{name}[{layer}, expert=1]")
+    nodes = expand(
+        m, [f"{n}[{layer}]@-1" for n in (["router_logits"] if routed else []) + ["mlp_out"]], m.tokens(clean)
+    )
+    table = patch(m, clean, corrupt, logit_gap, nodes)
+    truth = one_by_one(m, corrupt, clean, logit_gap, [[node] for node in nodes]).mean(1)
+    assert float((torch.tensor(table.value.to_numpy()) - truth).abs().max()) < 1e-5
+    made = attribute(m, clean, corrupt, logit_gap, nodes, method="atp+qk")
+    assert all("outside transformers' experts interface" in why for why in made.attrs["plain"].values())
+    assert list(made.attrs["plain"]) == ([layer] if routed else [])
+    assert made.value.abs().max() > 0
 
 
 def test_a_router_without_a_known_rule_says_so() -> None:

@@ -1,14 +1,14 @@
-"""Programs with known circuits (Tracr): exact patching finds them; what each estimator finds, as a table.
+"""Programs with known circuits (Tracr): exact patching finds them; what each estimator finds, as a table (run with -s).
 
-`reverse` attends by positions that earlier layers compute, with attention so sharp that its gradient is gone. The pairs
-change the length of the sequence, and with it the token that stands opposite; or a token. True nodes are those with an
-exact effect, and they are the parts that the program is made of.
+True nodes are those with an exact effect, and they are the parts that the program is made of. The pairs make attention
+look elsewhere, which is where plain AtP is blind: Tracr's attention is so sharp that its slope is gone.
 
-What the table shows: plain AtP gives the query that chooses the token a score of about 1e-5 of its effect; the QK fix
-gives it all of it. Two limits of the method are tested as limits:
-
-* what acts only *through* that query (the MLPs that compute it) stays invisible to AtP* as well: the fix replaces the
-  derivative at queries and keys, not behind them;
+* `lookup` and the last attention of `sort` choose where to look by their queries and keys. AtP* has every true node
+  among its first |circuit|, with at least a tenth of its effect; plain AtP gives queries and keys next to nothing, and
+  where the lead of a score passes 100 nats exactly nothing, so that it misses them by rank too.
+* What acts only *through* a saturated query or key (all of `sort`'s first layer, the MLPs that compute where `reverse`
+  looks) stays invisible to AtP* as well: the fix replaces the derivative at queries and keys, not behind them. So does
+  what acts through an MLP that makes steps: those have no slope, and AtP* has no fix for them.
 * `frac_prevs` has two layers, and its map acts only by way of the second. GradDrop drops each layer in turn, so in two
   layers it cuts every such path, and AtP* gives that node 0 where AtP is exact. The QK fix alone (atp+qk) keeps it.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import pandas as pd
 import pytest
+import torch
 from torch import Tensor
 
 from interp import patching
@@ -94,6 +95,69 @@ def shown(name: str, table: pd.DataFrame) -> None:
         found = f"{top} of {len(true)} true nodes in the top {len(true)}, {seen} with a tenth of their effect"
         print(f"{name}, {method}: {found}")  # noqa: T201 - the table of what each estimator finds
     print(true.to_string(index=False))  # noqa: T201
+
+
+#: Clean and corrupt words, and the position that is asked for.
+LOOKUP = [("abcde", "acbde", 1), ("eabcd", "ebacd", 2), ("dbeca", "dceba", 2), ("cadbe", "cadeb", 3)]
+SORT = [("2514", "5314", 2), ("4123", "2145", 4), ("5342", "1453", 1), ("3215", "5241", 3)]
+
+
+def asked(name: str, strength: float, direction: str, nodes: list[str]) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Effects and scores over several pairs, and how many true nodes each method has among its first |circuit|."""
+    made = Compiled(name, strength)
+    rows = [(*(["BOS", *map(int if name == "sort" else str, w)] for w in words), at) for *words, at in WORDS[name]]
+    right, wrong = (
+        torch.tensor([made.output(str(made.reference.apply(row[i]).decoded[row[2]])) for row in rows]) for i in (0, 1)
+    )
+    at, each = torch.tensor([row[2] for row in rows]), torch.arange(len(rows))
+    assert (right != wrong).all()
+    clean, corrupt = (made.ids(*(row[i] for row in rows)) for i in (0, 1))
+    for ids, answer in ((clean, right), (corrupt, wrong)):
+        assert (made.torch(ids).logits[each, at].argmax(-1) == answer).all()  # at any strength
+    metric = Metric(lambda x, tokens: x[each, at, right] - x[each, at, wrong], "output")
+    m = opened(made.torch, "tracr")
+    table = patching.patch(m, clean, corrupt, metric, nodes, direction)  # type: ignore[arg-type]
+    out = table[["node", "site", "layer", "position"]].assign(exact=table["score"])
+    true, found = table["score"] > 0.01, dict[str, int]()
+    for method in METHODS:
+        out[method] = patching.attribute(m, clean, corrupt, metric, nodes, method, direction)["score"]  # type: ignore[arg-type]
+        found[method] = int((out[method].rank(ascending=False, method="max")[true] <= true.sum()).sum())
+    out = out[true]
+    seen = {method: int((out[method] >= 0.1 * out["exact"]).sum()) for method in METHODS}
+    what = f"| {name} x {strength:g} | {direction} | {' '.join(nodes)} | {len(out)} of {len(table)} |"
+    cells = " | ".join(f"{found[method]} ({seen[method]})" for method in METHODS)
+    print(f"\n{what} {cells} |")  # noqa: T201 - a line of the table
+    return out, found
+
+
+WORDS = {"lookup": LOOKUP, "sort": SORT}
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("strength", [1.0, 5.0])
+@pytest.mark.parametrize(
+    ("name", "nodes"), [("lookup", ["q[0]", "k[0]", "v[0]", "z[0]"]), ("sort", ["q[1]", "k[1]", "v[1]", "z[1]"])]
+)
+def test_where_attention_looks_is_found_by_atp_star_and_missed_by_atp(
+    name: str, nodes: list[str], strength: float, direction: str
+) -> None:
+    true, found = asked(name, strength, direction, nodes)
+    assert found["atp*"] == found["atp+qk"] == len(true) >= 4
+    assert (true["atp*"] >= 0.1 * true["exact"]).all()
+    saturated = true[true["site"].isin(["q", "k"])]
+    assert len(saturated) >= 2
+    assert (saturated["atp"] < 1e-3 * saturated["exact"]).all()
+    if strength > 1:
+        assert found["atp"] == len(true) - len(saturated)
+
+
+def test_behind_saturated_attention_no_gradient_finds_anything() -> None:
+    """In `sort`, the first layer and its MLP compute the keys of the second: atp* has the keys, none of the rest."""
+    true, _ = asked("sort", 5.0, "denoise", [*NODES, "mlp_out[*]"])
+    first = true["layer"] == 0
+    assert set(true[first]["site"]) >= {"k", "z", "mlp_out"}
+    assert (true[first][list(METHODS)] < 1e-3).all(axis=None)
+    assert (true[~first]["atp*"] >= 0.1 * true[~first]["exact"]).all()
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tests.patching.planted import PlainConfig, PlainModel
 
+NEXT = dict(zip("abcde", "bcdea", strict=True))
+
 
 def program(name: str) -> tuple[Any, set[Any], int]:
     """(RASP program, vocabulary, longest input)."""
@@ -25,18 +27,28 @@ def program(name: str) -> tuple[Any, set[Any], int]:
         return lib.make_reverse(rasp.tokens), {"a", "b", "c", "d"}, 5
     if name == "frac_prevs":
         return lib.make_frac_prevs((rasp.tokens == "x").named("is_x")), {"x", "y", "z"}, 5
+    if name == "sort":
+        return lib.make_sort_unique(rasp.tokens, rasp.tokens), {1, 2, 3, 4, 5}, 4
+    if name == "lookup":  # where does the letter stand that comes next in the alphabet, which is a circle?
+        comes_next = rasp.Select(rasp.tokens, rasp.tokens, lambda key, query: key == NEXT[query])
+        return rasp.Aggregate(comes_next, rasp.indices).named("lookup"), set(NEXT), 5
     raise ValueError(name)
 
 
 class Compiled:
     """A compiled program: the torch model, and how inputs and outputs are written.
 
+    Args:
+        name: see `program`.
+        strength: factor on the queries. Tracr's attention scores lead by 100 / sqrt(d_head); the program is the same
+            at any larger lead, but in float32 no slope at all is left of a softmax beyond about 100.
+
     Attributes:
         reference: Tracr's own model; ``reference.apply(tokens).decoded`` is what ours must give.
         torch: the same weights as a `PlainModel`. Its logits are the coordinates of the output.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, strength: float = 1.0) -> None:
         from tracr.compiler import compiling
 
         expression, vocabulary, longest = program(name)
@@ -48,6 +60,10 @@ class Compiled:
         out = [i for i, label in enumerate(labels) if label.partition(":")[0] == expression.label]
         self.values = [labels[i].partition(":")[2] for i in out]
         self.torch = convert(self.reference, self.causal, out)
+        with torch.no_grad():
+            for layer in self.torch.layers:
+                layer.attn.q.weight.mul_(strength)
+                layer.attn.q.bias.mul_(strength)
 
     def ids(self, *rows: list[Any]) -> Tensor:
         """[row, pos]; "BOS" and "compiler_pad" are tokens like others."""
