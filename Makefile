@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.interp-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test lint types unit clean
+.PHONY: setup demo test lint types unit docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -36,6 +36,12 @@ unit: setup
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST)
 
 test: lint types unit
+
+# the site, in site/: every page is one that a browser opens from the disk
+docs: setup
+	@$(PIP) install -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/reference.py --check
+	$(BIN)/zensical build --clean --strict
 
 clean:
 	rm -rf $(STAMP) build dist demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis
