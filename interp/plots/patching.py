@@ -52,7 +52,8 @@ def heat_maps(table: pd.DataFrame, title: str, tokens: Sequence[str] | None = No
 def _axes(part: pd.DataFrame) -> list[str]:
     """The horizontal axes that make sense for one kind of site."""
     kinds = [axis for axis in ("head", "expert", "neuron") if axis in part.columns and part[axis].notna().any()]
-    return kinds[:1] + (["position"] if part["position"].notna().any() else [])
+    several = part["position"].nunique() > (1 if kinds else 0)  # one position beside its heads tells nothing new
+    return kinds[:1] + (["position"] if several else [])
 
 
 def _grid(panels: list[tuple[str, str]], sites: list[str], columns: int) -> list[tuple[str, str]]:

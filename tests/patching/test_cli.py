@@ -137,3 +137,15 @@ def test_figures_escape_what_comes_from_outside() -> None:
     assert "<u>" not in drawn.to_json()
     assert list(drawn.data[-1].text) == ["embed", "0.1", "mlp 0", "logits"]
     assert len(drawn.data) == 4
+
+
+def test_one_position_has_no_panel_beside_its_heads() -> None:
+    from interp import plots_patching
+
+    table = pd.DataFrame({
+        "node": ["z[0, head=0]", "z[1, head=1]"], "site": "z", "layer": [0, 1], "head": [0, 1], "position": [5, 5],
+        "value": [0.5, -1.0], "metric": "m",
+    }).astype({"head": "Int64", "position": "Int64"})  # fmt: skip
+    assert len(plots_patching.heat_maps(table, "one").data) == 1
+    assert len(plots_patching.heat_maps(table.assign(position=[4, 5]), "two").data) == 2
+    assert len(plots_patching.heat_maps(table.assign(head=pd.NA), "streams").data) == 1
