@@ -29,7 +29,8 @@ _HOME = {
     "effect": "effects", "random_adds": "effects", "by_variant": "variants", "transfer": "variants",
     "detector": "detectors", "Detector": "detectors", "guard": "guarding", "Guard": "guarding", "shift": "shifts",
     "axis": "axes", "fit_axis": "axes", "Axis": "axes", "across": "languages", "Across": "languages",
-    "magnitude": "quantities", "prompt_probe": "prompting",
+    "magnitude": "quantities", "prompt_probe": "prompting", "knows": "knowing", "Knows": "knowing",
+    "p_true": "knowing", "awareness": "entities", "attention_change": "entities",
     "ProbeError": "errors", "ProbeWarning": "errors",
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from probes.base import Linear
 from probes.errors import ProbeError
 
 
-def calibrated(probe: Linear, X: Any, y: Any) -> Linear:
+def calibrated(probe: Linear, X: Any, y: Any, *, smooth: bool = False) -> Linear:
     """The same linear probe with its scores scaled so that its probabilities fit held-out examples.
 
     Two classes: Platt's a * score + b (Platt 1999). More: one temperature (Guo et al. 2017, arXiv:1706.04599, section
@@ -23,6 +23,8 @@ def calibrated(probe: Linear, X: Any, y: Any) -> Linear:
         probe: fitted on other examples.
         X: validation examples [sample, feature]; never the test ones.
         y: their labels [sample].
+        smooth: two classes: Platt's targets, (n_1 + 1) / (n_1 + 2) and 1 / (n_0 + 2) in the place of 1 and 0, as if
+            each class held one more example of either kind: few separable examples are no reason for certainty.
 
     Raises ProbeError for a class the probe does not know.
     """
@@ -35,10 +37,12 @@ def calibrated(probe: Linear, X: Any, y: Any) -> Linear:
     numbers = np.searchsorted(probe.classes_, y)
     made = copy.deepcopy(probe)
     if score.ndim == 1:
-        sign = numbers * 2 - 1
+        n = np.bincount(numbers, minlength=2)
+        target = np.array([1 / (n[0] + 2), (n[1] + 1) / (n[1] + 2)])[numbers] if smooth else numbers.astype(float)
 
         def loss(p: np.ndarray) -> float:
-            return float(np.logaddexp(0, -sign * (np.exp(p[0]) * score + p[1])).mean())
+            s = np.exp(p[0]) * score + p[1]
+            return float((np.logaddexp(0, s) - target * s).mean())
 
         found = minimize(
             loss, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-10, "maxiter": 2000}

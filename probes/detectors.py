@@ -128,7 +128,7 @@ def _fit(X: np.ndarray, y: np.ndarray, parts: Any, rate: float) -> tuple[Any, fl
             if best is None or got > best[0]:
                 best = (got, probe)
     assert best is not None
-    probe = calibrated(best[1], held, truth)
+    probe = calibrated(best[1], held, truth, smooth=True)
     cut = float(np.quantile(probe.decision_function(held)[~truth], 1 - rate, method="higher"))
     return probe, cut, best[0]
 
