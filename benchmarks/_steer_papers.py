@@ -61,7 +61,8 @@ def actadd(m: Any, controls: int) -> dict[str, Any]:
         found[part.run][part.rows] = part.logits[:, 0].softmax(-1)[:, targets].sum(-1).log()
     texts = [passage(m, start + text).ids for text in data.NEUTRAL[:6]]
     own = {key: edits for key, edits in runs.items() if key == 0.0 or key[0] == "own"}
-    nats = log_likelihoods(m, [Passage(ids, 1) for ids in texts], own)
+    front = v.record["tokens"] + 1  # the addition is made to a prompt, so the texts' first tokens are one
+    nats = log_likelihoods(m, [Passage(ids, front) for ids in texts], own)
     perplexity = {key: round(float((-nats.per_token(key).mean()).exp()), 1) for key in own}
     row: dict[str, Any] = {"prompts": len(PROMPTS), "perplexity of another topic, c=0": perplexity[0.0]}
     for c in (1.0, 2.0, 4.0):
