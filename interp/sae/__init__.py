@@ -26,6 +26,7 @@ from interp.sae.settings import DEFAULTS, Settings
 from interp.sae.train import train, train_many
 
 __all__ = [
-    "ARCHITECTURES", "DEFAULTS", "SAE", "SAEError", "Settings", "absorption", "dark_matter", "evaluate", "first_letters",
-    "from_sae_lens", "isolation", "load", "pareto", "pareto_figure", "pretrained", "save", "train", "train_many",
+    "ARCHITECTURES", "DEFAULTS", "SAE", "SAEError", "Settings", "absorption", "dark_matter", "evaluate",
+    "first_letters", "from_sae_lens", "isolation", "load", "pareto", "pareto_figure", "pretrained", "save", "train",
+    "train_many",
 ]  # fmt: skip

@@ -202,8 +202,12 @@ def _prefixes(w: Weights, x: Tensor, amounts: Tensor, support: Support, part: Sh
 
 
 def _follow(state: State, z: Tensor, s: Settings) -> None:
-    """The inference threshold: a running mean of the smallest value that a batch kept."""
-    least, rate = state.part.least(z[z > 0]), s.threshold_rate
+    """The inference threshold: a running mean of the smallest value that a batch kept.
+
+    It runs over 1 / threshold_rate batches, in short trainings over the last tenth: values shrink while an autoencoder
+    learns, and a mean that remembers its beginnings would keep too little afterwards.
+    """
+    least, rate = state.part.least(z[z > 0]), max(s.threshold_rate, min(1.0, 10 / s.steps))
     if least is not None:
         state.threshold = least if state.threshold == 0 else (1 - rate) * state.threshold + rate * least
 

@@ -38,7 +38,7 @@ class Settings:
         sparsity_warmup: part of the training over which that coefficient rises from 0.
         p_end, p_start_at: panneal: the last p, and the part of the training after which p begins to fall from 1.
         bandwidth, threshold: jumprelu: width of the kernel, and where thresholds start.
-        threshold_rate: batchtopk: weight of the newest batch in the threshold kept for inference.
+        threshold_rate: batchtopk: weight of the newest batch in the threshold kept for inference; at least 10 / steps.
         aux: coefficient of the loss that revives dead latents (topk, batchtopk, matryoshka).
         k_aux: dead latents used in it, per token.
         dead_after: tokens without firing after which a latent counts as dead.
