@@ -239,7 +239,8 @@ def test_the_threshold_of_a_short_batchtopk_training_keeps_its_k_on_other_data()
     g = torch.Generator().manual_seed(0)
     atoms = torch.nn.functional.normalize(torch.randn(48, 24, generator=g), dim=1)
     codes = torch.zeros(14_800, 48)
-    codes.scatter_(1, torch.rand(codes.shape, generator=g).topk(4, 1).indices, 1 + torch.rand(len(codes), 4, generator=g))
+    live = torch.rand(codes.shape, generator=g).topk(4, 1).indices
+    codes.scatter_(1, live, 1 + torch.rand(live.shape, generator=g))
     x = codes @ atoms
     s = sae.train(x[:12_800], arch="batchtopk", d_sae=64, k=4, batch_size=128, lr=1e-3, progress=False)
     assert float((s.encode(x[12_800:]) > 0).float().sum(1).mean()) == pytest.approx(4, rel=0.1)
