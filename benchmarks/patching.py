@@ -1,7 +1,7 @@
 """Activation patching: our exact sweep against TransformerLens's, and what the estimators cost and miss.
 
     python benchmarks/patching.py                      # SmolLM2, heads x positions of z, peer on a sample of patches
-    python benchmarks/patching.py --whole              # the peer's whole sweep too, on four tokens
+    python benchmarks/patching.py --whole              # the peer's whole sweep too: three tokens, every third layer
     python benchmarks/patching.py --peak               # memory of our sweep under several budgets
     python benchmarks/patching.py --cost               # what each estimator takes, in plain forward passes
     python benchmarks/patching.py --card --task ioi    # recall and relative cost of every estimator, with intervals
@@ -28,7 +28,8 @@ import typer
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
-SHORT = "Paris is located in", "Rome is located in", " France", " Italy"  # every position differs: no patch is free
+SHORT = "Paris is in", "Rome is in", " France", " Italy"  # every position differs: no patch is free
+TIMED = ("atp", "atp+qk", "atp*")
 TASKS = ("ioi", "capital_swap", "fully_random")
 SITES = ["q[*]", "k[*]", "v[*]", "z[*]", "mlp_out[*]"]
 
@@ -37,7 +38,7 @@ SITES = ["q[*]", "k[*]", "v[*]", "z[*]", "mlp_out[*]"]
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="rounds of the sweep, or of --cost")] = 3,
     sample: Annotated[int, typer.Option(min=2, help="patches that the peer runs in a round")] = 40,
-    whole: Annotated[bool, typer.Option("--whole", help="the peer runs all patches of a short prompt, once")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="the peer runs all patches of a short sweep, once")] = False,
     budget: Annotated[int, typer.Option(help="bytes that our sweep may use")] = 2**28,
     threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice")] = 0,
     peak: Annotated[bool, typer.Option("--peak", help="measure memory instead")] = False,
@@ -57,7 +58,10 @@ def main(
     if card or shapes:
         document = graded_shapes(pairs, nodes) if shapes else graded_smollm2(task or TASKS, pairs, nodes)
     elif peak:
-        document = {"what": "memory of a sweep of z, SmolLM2", "rows": [memory(2**n) for n in (26, 27, 28, 29)]}
+        document = {
+            "what": "memory of a sweep of 360 heads and positions, SmolLM2, a metric of all logits",
+            "rows": [memory(2**20 * n) for n in (48, 64, 96, 128, 256)],
+        }
     elif cost:
         document = costs(rounds, pairs)
     else:
@@ -85,14 +89,16 @@ def sweep(rounds: int, sample: int, whole: bool, budget: int) -> dict[str, Any]:
     clean, corrupt = (m.tokens(prompt).ids for prompt in prompts[:2])
     right, wrong = (m.tokenizer(w, add_special_tokens=False).input_ids[0] for w in prompts[2:])
     metric, length = metrics.logit_diff(right, wrong), clean.shape[1]
-    rows = [(i, p, h) for i in range(m.n_layers) for p in range(length) for h in range(m.n_heads)]
+    layers = range(0, m.n_layers, 3 if whole else 1)
+    nodes = [f"z[{i}]" for i in layers]
+    rows = [(i, p, h) for i in layers for p in range(length) for h in range(m.n_heads)]
     draw, ours, theirs, gaps = torch.Generator().manual_seed(0), [], [], []
     patch(m, clean, corrupt, metric, "z[0]@-1")  # the map of the model's parts is made once
     with torch.no_grad():
         _, cache = bridge.run_with_cache(clean)
         for _ in range(1 if whole else rounds):
             start = time.perf_counter()
-            table = patch(m, clean, corrupt, metric, "z[*]", budget=budget)
+            table = patch(m, clean, corrupt, metric, nodes, budget=budget)
             ours.append(time.perf_counter() - start)
             chosen = range(len(rows)) if whole else torch.randperm(len(rows), generator=draw)[:sample].tolist()
             index = pd.DataFrame([rows[i] for i in chosen], columns=["layer", "pos", "head_index"])
@@ -112,7 +118,7 @@ def sweep(rounds: int, sample: int, whole: bool, budget: int) -> dict[str, Any]:
             gaps.append(float((made + table.attrs["baseline"]["corrupt"] - values).abs().max()))
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {
-        "what": "z of every head at every position, SmolLM2, denoise",
+        "what": f"z of every head at every position, {len(layers)} layers of SmolLM2, denoise",
         "patches": len(rows),
         "tokens": length,
         "ours_s": ours,
@@ -141,13 +147,12 @@ def _memory(budget: int) -> dict[str, Any]:
     import torch
 
     import interp
-    from interp import metrics
     from interp.patching import patch
 
     torch.set_num_threads(1)
     m, me = interp.load("smollm2"), psutil.Process()
-    right, wrong = (m.tokenizer(w, add_special_tokens=False).input_ids[0] for w in (" Mary", " John"))
     m(m.tokens([CLEAN, CORRUPT]))
+    patch(interp.load("tiny:llama"), [[5, 6]], [[5, 7]], lambda x: x[:, -1, 3], "z[0]")  # what it imports is no tensor
     m.anatomy  # noqa: B018 - the map of the model's parts is made once
     seen, done = [me.memory_info().rss], threading.Event()
 
@@ -155,14 +160,22 @@ def _memory(budget: int) -> dict[str, Any]:
         while not done.wait(0.002):
             seen.append(me.memory_info().rss)
 
+    def everywhere(logits: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(-1)[..., 100].mean(1)  # reads all logits, which are most of a patched run's memory
+
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    table = patch(m, CLEAN, CORRUPT, metrics.logit_diff(right, wrong), "z[*]", positions=[-1], budget=budget)
+    table = patch(m, CLEAN, CORRUPT, everywhere, "z[20:]", positions=[-4, -3, -2, -1], budget=budget)
     done.set()
     watcher.join()
-    return {"budget": budget, "peak": max(seen) - seen[0], "rows": table.attrs["rows"], "looks": len(seen),
-            "seconds": time.perf_counter() - start}  # fmt: skip
+    return {
+        "budget": budget,
+        "peak": max(seen) - seen[0],
+        "rows": table.attrs["rows"],
+        "looks": len(seen),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def costs(rounds: int, pairs: int) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def costs(rounds: int, pairs: int) -> dict[str, Any]:
     from _clock import Ratio, interleave
 
     import interp
-    from interp.patching import METHODS, attribute, builders
+    from interp.patching import attribute, builders
 
     m = interp.load("smollm2")
     made = builders.ioi(m, pairs)
@@ -186,7 +199,7 @@ def costs(rounds: int, pairs: int) -> dict[str, Any]:
         counted[method] = attribute(m, made, None, metric, SITES, method).attrs["cost"]  # type: ignore[arg-type]
 
     m.anatomy  # noqa: B018 - the map of the model's parts is made once
-    methods = {method: lambda method=method: run(method) for method in METHODS}
+    methods = {method: lambda method=method: run(method) for method in TIMED}
     times = interleave({"plain": plain, "again": plain, **methods}, rounds)
     rows = [
         {"method": name, "seconds": statistics.median(t.wall), "wall": vars(Ratio.of(t.wall, times["plain"].wall)),

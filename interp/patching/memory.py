@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-#: What kernels take for themselves while they run, which no tensor shows.
-MARGIN = 1.2
+#: What no tensor shows: buffers of kernels while they run, and freed memory that the allocator keeps.
+MARGIN = 1.3
 
 
 class BudgetError(ValueError):
