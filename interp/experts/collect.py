@@ -20,6 +20,7 @@ from interp.experts.batches import Batch, Corpus, Labelled, Window, corpus
 from interp.experts.kept import Documents, Examples, key_of
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError, Listed, Units, Weights, identity, units_of
+from interp.progress import bar
 
 #: Places in a window are counted in bins 0, 1, 2-3, 4-7, ..., the last without end.
 BINS = 12
@@ -65,12 +66,14 @@ def routing(
     cap = documents if documents is not None else DOCUMENTS if units.kind == "routed" else 0
     sums = Sums(model, units, data, norms, positions, together, examples, cap)
     # a document's mean is complete only after its last window, so whole documents are summed at a time
-    for windows in whole_documents(data, batch_tokens):
-        sums.begin(windows)
-        for batch in Corpus(data.labels, windows, data.documents).batches(model, batch_tokens):
-            for router, weights in units.weigh(model, batch.tokens, **({"norms": True} if norms else {})):
-                sums.add(router, weights, batch)
-        sums.end()
+    with bar("routing", len(data.windows)) as advance:
+        for windows in whole_documents(data, batch_tokens):
+            sums.begin(windows)
+            for batch in Corpus(data.labels, windows, data.documents).batches(model, batch_tokens):
+                for router, weights in units.weigh(model, batch.tokens, **({"norms": True} if norms else {})):
+                    sums.add(router, weights, batch)
+            sums.end()
+            advance(len(windows))
     return sums.stats()
 
 

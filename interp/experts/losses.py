@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.experts.batches import Corpus, Labelled, corpus
+from interp.progress import bar
 
 METRICS = ("loss", "perplexity", "accuracy")
 
@@ -47,17 +48,19 @@ def losses(
     """Runs the model, as it is now, over labelled documents."""
     data = corpus(model, texts, max_tokens)
     nats, correct, tokens = (torch.zeros(len(data.documents), dtype=torch.float64) for _ in range(3))
-    for batch in data.batches(model, batch_tokens):
-        logits = model(batch.tokens)[:, :-1]
-        target, real = batch.tokens.ids[:, 1:], batch.tokens.mask[:, 1:]
-        flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-        sums = (
-            (nats, flat.view_as(target).double() * real),
-            (correct, (logits.argmax(-1) == target) & real),
-            (tokens, real),
-        )
-        for into, values in sums:
-            into.index_add_(0, batch.document, values.double().sum(1).cpu())
+    with bar("measuring losses", len(data.windows)) as advance:
+        for batch in data.batches(model, batch_tokens):
+            logits = model(batch.tokens)[:, :-1]
+            target, real = batch.tokens.ids[:, 1:], batch.tokens.mask[:, 1:]
+            flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
+            sums = (
+                (nats, flat.view_as(target).double() * real),
+                (correct, (logits.argmax(-1) == target) & real),
+                (tokens, real),
+            )
+            for into, values in sums:
+                into.index_add_(0, batch.document, values.double().sum(1).cpu())
+            advance(len(batch.label))
     return Losses(data.labels, data.documents, nats, correct, tokens)
 
 

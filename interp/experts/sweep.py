@@ -31,6 +31,7 @@ from interp.experts.batches import Batch, Corpus, Labelled, corpus
 from interp.experts.units import ExpertError
 from interp.hooks.resume import forms, narrowed, resumed
 from interp.metrics import Metric
+from interp.progress import bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,9 +73,11 @@ def sweep(
     for batch in data.batches(model, batch_tokens):
         counts.index_add_(0, batch.label, amounts(batch, metric))
         plain = Plain.run(model, batch, metric, mode, wanted)
-        for layer in wanted:
-            change = _layer(plain, layer, units.size, batch_tokens, adds)  # [row, expert]
-            sums[:, units.layers[layer]].index_add_(0, batch.label, change)
+        with bar("sweeping layers", len(wanted)) as advance:
+            for layer in wanted:
+                change = _layer(plain, layer, units.size, batch_tokens, adds)  # [row, expert]
+                sums[:, units.layers[layer]].index_add_(0, batch.label, change)
+                advance(1)
     values = sums / counts[:, None, None]
     table = effects(model, units, data, {"value": values}, metric, mode, "exact")
     return table[table["layer"].isin(wanted)].reset_index(drop=True)

@@ -1,0 +1,67 @@
+"""Progress: it counts, appears late, only once, and is gone after an interrupt."""
+
+from __future__ import annotations
+
+import pytest
+
+from interp import progress
+from interp.progress import bar
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setenv(progress.VARIABLE, "1")
+
+
+def test_it_shows_what_is_done(impatient: None, capfd: pytest.CaptureFixture[str]) -> None:
+    with bar("counting", total=3) as advance:
+        advance(2)
+        assert progress._shown == ["counting"]
+        advance(1)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "counting" in err
+    assert "3/3" in err
+    assert progress._shown == []
+
+
+def test_short_work_stays_quiet(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(progress.VARIABLE, "1")
+    with bar("thinking") as advance:
+        advance(1)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("wish", ["0", None])
+def test_it_is_silent_when_nobody_looks(
+    wish: str | None, impatient: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(progress.VARIABLE)
+    if wish is not None:
+        monkeypatch.setenv(progress.VARIABLE, wish)
+    with bar("thinking") as advance:
+        advance(1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_one_bar_at_a_time(impatient: None, capfd: pytest.CaptureFixture[str]) -> None:
+    with bar("outer", 2) as outer:
+        outer(1)
+        with bar("inner", 1) as inner:
+            inner(1)
+        outer(1)
+    err = capfd.readouterr().err
+    assert "outer" in err
+    assert "inner" not in err
+
+
+def test_an_interrupt_takes_it_away(impatient: None) -> None:
+    def work() -> None:
+        with bar("working", 5) as advance:
+            advance(1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert progress._shown == []
