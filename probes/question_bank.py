@@ -118,9 +118,9 @@ def conflict() -> Source:
         for asked, label in (("According to the text", 1), ("In reality", 0)):
             rows.append((f"{said} {asked}, the capital of {country} is", label, country))
             rows.append((f"{said} Question: {asked}, what is the capital of {country}? Answer:", label, country))
-    said = ("A text says that", "Somebody writes that", "It is claimed that", "A note says that")
+    openings = ("A text says that", "Somebody writes that", "It is claimed that", "A note says that")
     prompts = [f"{a} the capital of France is London. {b} the capital of France is"
-               for a, b in product(said, ("So", "Then"))]  # fmt: skip
+               for a, b in product(openings, ("So", "Then"))]  # fmt: skip
     asks = "is the answer to come from the context or from what is known?"
     return "conflict", asks, rows, prompts, (" London",), (" Paris",)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from interp.metrics import Metric, last_logits
 from probes.errors import ProbeError
+from probes.question_bank import BANK, Source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,9 +189,13 @@ def _made(
     return Question(name, asks, list(texts), np.array(labels), list(groups), prompts, one, zero)
 
 
+def _banked(source: Callable[[], Source]) -> Question:
+    return _made(*source())
+
+
 QUESTIONS: dict[str, Callable[[], Question]] = {
     "sentiment": _sentiment, "truth": _truth, "language": _language, "number": _number, "calendar": _calendar,
-    "known": _known,
+    "known": _known, **{source.__name__: partial(_banked, source) for source in BANK},
 }  # fmt: skip
 
 
