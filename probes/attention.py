@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 
 from probes.errors import ProbeError
 
 
-class AttentionProbe:
+class AttentionProbe(BaseEstimator):
     """Attention-pooled probe over tokens.
 
     Args:

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 from torch import Tensor
 
 from probes.base import as_array
 from probes.errors import ProbeError
 
 
-class CCS:
+class CCS(BaseEstimator):
     """Contrast-consistent search.
 
     Args:

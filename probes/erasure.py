@@ -27,6 +27,7 @@ from interp import edits
 from interp.edits import Edit
 from probes.base import as_array
 from probes.errors import ProbeError
+from probes.leace import leace
 
 
 class Eraser(TransformerMixin, BaseEstimator):
@@ -80,28 +81,20 @@ class Leace(Eraser):
     Args:
         tol: singular values of ``W Sigma_xz`` below this share count as none; sampling noise is not a concept.
         shrinkage: Ledoit & Wolf's for Sigma_xx, which needs it where samples are few.
+        trace_guard: never let the total variance grow, see `probes.leace`.
     """
 
-    def __init__(self, tol: float = 0.01, shrinkage: bool = True) -> None:
+    def __init__(self, tol: float = 0.01, shrinkage: bool = True, trace_guard: bool = False) -> None:
         self.tol = tol
         self.shrinkage = shrinkage
+        self.trace_guard = trace_guard
 
     def _matrix(self, x: np.ndarray, z: np.ndarray, y: np.ndarray) -> np.ndarray:
-        n = len(x)
-        if self.shrinkage:
-            from sklearn.covariance import ledoit_wolf
-
-            covariance = ledoit_wolf(x, assume_centered=True)[0]
-        else:
-            covariance = x.T @ x / n
-        size, basis = np.linalg.eigh(covariance)
-        keep = size > size.max() * 1e-10
-        root = np.sqrt(size[keep])
-        whiten = (basis[:, keep] / root) @ basis[:, keep].T
-        unwhiten = (basis[:, keep] * root) @ basis[:, keep].T
-        u, s, _ = np.linalg.svd(whiten @ (x.T @ z / n), full_matrices=False)
-        u = u[:, s > self.tol] if (s > self.tol).any() else u[:, :0]
-        return unwhiten @ u @ u.T @ whiten
+        found = leace(
+            torch.from_numpy(x), torch.from_numpy(z), tolerance=self.tol, shrink=self.shrinkage,
+            trace_guard=self.trace_guard,
+        )  # fmt: skip
+        return (found.left @ found.right).numpy()
 
 
 class MeanProjection(Eraser):

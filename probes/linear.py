@@ -10,6 +10,7 @@ predicts, correlated features included (Belinkov 2022, arXiv:2102.12452).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,34 @@ import torch
 
 from probes.base import Linear
 from probes.errors import ProbeError
-from probes.logistic import minimise
+from probes.logistic import BLOCK, path
 
 
-def _scale(X: np.ndarray, standardize: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each feature; 1 where a feature never changes or is not to be scaled."""
-    centre = X.mean(0, dtype=np.float64)
-    if not standardize:
-        return centre, np.ones(X.shape[1])
-    deviation = X.std(0, dtype=np.float64)
-    deviation[deviation < 1e-10 * max(float(deviation.max()), 1e-30)] = 1.0
-    deviation[deviation == 0] = 1.0
-    return centre, deviation
+def standardised(X: np.ndarray, standardize: bool) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Features less their mean, over their standard deviation, with both: [sample, feature], [feature], [feature].
+
+    The deviation is 1 where a feature never changes or is not to be scaled. Block by block, in X's own precision with
+    sums in float64; centring before any product keeps float32 exact where a feature's mean dwarfs its spread.
+    """
+    x = torch.from_numpy(np.require(X, requirements=["C", "W"]))
+    shift = x[:BLOCK].mean(0)  # near the mean, so that sums of squares lose nothing in float32
+    total, square = torch.zeros(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64)
+    for part in x.split(BLOCK):
+        part, one = part - shift, part.new_ones(len(part))
+        total += one @ part
+        square += one @ part.square_()
+    gap = total / len(x)
+    mean, deviation = shift + gap, (square / len(x) - gap**2).clamp(min=0).sqrt()
+    if standardize:
+        still = (deviation < 1e-10 * deviation.max()) | (deviation <= 16 * torch.finfo(x.dtype).eps * mean.abs())
+        deviation[still] = 1.0
+    else:
+        deviation = torch.ones_like(deviation)
+    out, centre, factor = torch.empty_like(x), mean.to(x.dtype), (1 / deviation).to(x.dtype)
+    for part, target in zip(x.split(BLOCK), out.split(BLOCK), strict=True):
+        torch.sub(part, centre, out=target).mul_(factor)
+    # What was subtracted and multiplied, as it was: rounded to X's precision.
+    return out, centre.double().numpy(), 1 / factor.double().numpy()
 
 
 class LinearProbe(Linear):
@@ -54,19 +71,32 @@ class LinearProbe(Linear):
         self.max_iter = max_iter
 
     def fit(self, X: Any, y: Any) -> LinearProbe:
+        return self._path(X, y, [self])[0]
+
+    @classmethod
+    def path(cls, X: Any, y: Any, Cs: Sequence[float], **settings: Any) -> list[LinearProbe]:
+        """A fitted probe for each penalty, as if each had been fitted alone, for little more than the cost of one."""
+        probes = [cls(C=C, **settings) for C in Cs]
+        return probes[0]._path(X, y, probes)
+
+    def _path(self, X: Any, y: Any, probes: list[LinearProbe]) -> list[LinearProbe]:
         X, numbers = self._data(X, y)
-        if not self.C > 0:
-            raise ProbeError(f"C={self.C!r}: the inverse penalty must be positive")
-        centre, deviation = _scale(X, self.standardize)
-        # Centring before the product keeps float32 exact where a feature's mean dwarfs its spread.
-        x = torch.from_numpy(np.ascontiguousarray((X - centre.astype(X.dtype)) / deviation.astype(X.dtype)))
-        found = minimise(
-            x, torch.from_numpy(numbers), len(self.classes_), self.C, tol=self.tol, max_iter=self.max_iter
+        for probe in probes:
+            if not probe.C > 0:
+                raise ProbeError(f"C={probe.C!r}: the inverse penalty must be positive")
+        x, centre, deviation = standardised(X, self.standardize)
+        fits = path(
+            x, torch.from_numpy(numbers), len(self.classes_), [p.C for p in probes],
+            tol=self.tol, max_iter=self.max_iter,
         )  # fmt: skip
-        weight = found.weight.numpy() / deviation
-        self.n_iter_ = found.passes
-        self._set(weight, found.bias.numpy() - weight @ centre, X.dtype)
-        return self
+        for probe, found in zip(probes, fits, strict=True):
+            probe.classes_, probe.n_features_in_ = self.classes_, self.n_features_in_
+            if hasattr(self, "feature_names_in_"):
+                probe.feature_names_in_ = self.feature_names_in_
+            weight = found.weight.numpy() / deviation
+            probe.n_iter_ = found.passes
+            probe._set(weight, found.bias.numpy() - weight @ centre, X.dtype)
+        return probes
 
 
 class MeanDifference(Linear):
@@ -96,6 +126,8 @@ class NearestMean(Linear):
         X, numbers = self._data(X, y)
         means = np.stack([X[numbers == c].mean(0, dtype=np.float64) for c in range(len(self.classes_))])
         bias = -0.5 * (means**2).sum(1)
+        # The same added to every score; what float32 would lose beside a large common part is kept.
+        means, bias = means - means.mean(0), bias - bias.mean()
         if len(means) == 2:
             means, bias = (means[1] - means[0])[None], (bias[1] - bias[0])[None]
         self._set(means, bias, X.dtype)
@@ -119,8 +151,8 @@ class LDA(Linear):
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
         X, numbers = self._data(X, y)
-        found = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=self.shrinkage).fit(X, numbers)
-        self._set(found.coef_, found.intercept_, X.dtype)
+        found = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=self.shrinkage).fit(X.astype(np.float64), numbers)
+        self._set(found.coef_, found.intercept_, np.float64)  # large common parts of the classes cancel in the score
         return self
 
 

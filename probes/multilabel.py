@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from sklearn.base import BaseEstimator
 
 from probes.base import as_array
 from probes.errors import ProbeError
 from probes.linear import LinearProbe
 
 
-class MultiLabelProbe:
+class MultiLabelProbe(BaseEstimator):
     """One logistic probe per label, y [sample, label] of 0 and 1.
 
     Args:

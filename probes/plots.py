@@ -1,11 +1,8 @@
-"""Figures of probes, each from a Table by one call."""
+"""Figures of probes, each from a Table by one call; they look as all of `interp.plots` do."""
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING
-
-from interp.plots import OKABE_ITO
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,50 +11,64 @@ if TYPE_CHECKING:
 
 def by_layer(table: pd.DataFrame, title: str = "") -> go.Figure:
     """Held-out accuracy against the layer with its interval, beside the controls of `probes.by_layer`."""
-    import plotly.graph_objects as go
+    from interp.plots import layer_curve
 
-    figure = go.Figure()
-    names = {"none": "probe", "shuffled": "shuffled labels", "random model": "random weights"}
-    for i, (baseline, name) in enumerate(names.items()):
-        part = table[(table.baseline == baseline) & table.layer.notna()].sort_values("layer")
-        if not len(part):
-            continue
-        layers = part.layer.astype(int)
-        figure.add_scatter(
-            x=layers, y=part.value, name=name, mode="lines+markers", line_color=OKABE_ITO[i],
-            line_dash="solid" if baseline == "none" else "dot",
-            error_y={"type": "data", "symmetric": False, "array": part.high - part.value,
-                     "arrayminus": part.value - part.low, "thickness": 1} if baseline == "none" else None,
-        )  # fmt: skip
-    for row in table[table.baseline == "bag of tokens"].to_dict("records"):
-        figure.add_hline(y=row["value"], line_dash="dash", line_color="#777777", annotation_text="bag of tokens")
-    best, value = table.attrs.get("best", ""), table.attrs.get("best_value", float("nan"))
-    found = f"{best} reads it best (chosen on validation): {value:.0%} on unseen examples"
-    return figure.update_layout(
-        title=html.escape(title or found), template="plotly_white", height=460, font_size=13,
-        xaxis_title="layer", yaxis_title=f"held-out {table.attrs.get('metric', 'accuracy')}", yaxis_range=[0, 1.03],
-    )  # fmt: skip
+    a = table.attrs
+    found = f"{a.get('best', '')} reads it best: {a.get('best_value', float('nan')):.0%} of unseen examples"
+    unit = "balanced accuracy" if a.get("metric") == "balanced" else "accuracy"
+    figure = layer_curve(table, title or found, unit=f"{unit} on held-out examples")
+    return figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
 
 
 def causal(table: pd.DataFrame, title: str = "") -> go.Figure:
     """The metric against the push along the probe's direction, with its interval, beside random directions."""
+    from interp.plots import dose_response
+
+    verdict = "follows" if table.attrs.get("causal") else "does not follow"
+    where = str(table.node.iloc[0])
+    figure = dose_response(table, title or f"The output {verdict} the probe's direction at {where}", x="strength")
+    figure.update_xaxes(title_text="push along the direction (standard deviations of the data)")
+    return figure.update_yaxes(title_text="log odds of the words (nats)")
+
+
+def concepts(table: pd.DataFrame, level: float = 0.05, title: str = "") -> go.Figure:
+    """TCAV over layers: the concept's score beside the range of random concepts; filled where it is significant.
+
+    Args:
+        table: the frames of `probes.tcav` at several sites, one below the other.
+        level: chance of a false alarm at any of the sites: each is tested at level / sites (Bonferroni).
+        title: what the figure shows; by default at how many sites the concept matters.
+    """
     import plotly.graph_objects as go
 
+    from interp.plots.style import BASELINES, OKABE_ITO, finish, needs
+    from interp.sites import Site
+
+    needs(table, ("node", "baseline", "value", "low", "high", "p_value"), "concepts", "probes.tcav")
+    table = table.assign(layer=[Site.parse(node).layer for node in table.node]).sort_values("layer")
+    mine, random = table[table.baseline == "none"], table[table.baseline == "random"]
+    real = (mine.p_value < level / len(mine)).tolist()
     figure = go.Figure()
-    for i, (baseline, name) in enumerate((("none", "probe's direction"), ("random", "random directions"))):
-        part = table[table.baseline == baseline].sort_values("strength")
-        if not len(part):
-            continue
-        color = OKABE_ITO[i]
-        for edge, fill in (("high", None), ("low", "tonexty")):
-            figure.add_scatter(
-                x=part.strength, y=part[edge], mode="lines", line_width=0, line_color=color, showlegend=False,
-                fill=fill, opacity=0.25, hoverinfo="skip",
-            )  # fmt: skip
-        figure.add_scatter(x=part.strength, y=part.value, name=name, mode="lines+markers", line_color=color)
-    verdict = "follows" if table.attrs.get("causal") else "does not follow"
-    return figure.update_layout(
-        title=html.escape(title or f"The output {verdict} the probe's direction"), template="plotly_white", height=460,
-        font_size=13, xaxis_title="push (standard deviations of the data along it)",
-        yaxis_title=html.escape(str(table.metric.iloc[0])),
+    grey = BASELINES["random"][1]
+    figure.add_scatter(
+        x=random.layer, y=random.value, mode="markers", name="random concepts, 95 %",
+        marker={"color": grey, "symbol": "line-ew-open", "size": 11},
+        error_y={"type": "data", "symmetric": False, "array": random.high - random.value,
+                 "arrayminus": random.value - random.low, "thickness": 7, "width": 0, "color": "rgba(102,102,102,0.3)"},
     )  # fmt: skip
+    for wanted, name, symbol in (
+        (True, "concept, significant", "circle"),
+        (False, "concept, not significant", "circle-open"),
+    ):
+        rows = mine[[is_real == wanted for is_real in real]]
+        if len(rows):
+            figure.add_scatter(
+                x=rows.layer, y=rows.value, mode="markers", name=name, customdata=rows.p_value,
+                marker={"color": OKABE_ITO[0], "symbol": symbol, "size": 11, "line": {"width": 2}},
+                hovertemplate="layer %{x}: %{y:.2f}, p = %{customdata:.2g}<extra></extra>",
+            )  # fmt: skip
+    figure.add_hline(y=0.5, line={"color": "#999999", "width": 1, "dash": "dot"})
+    figure.update_xaxes(title_text="layer", zeroline=False, tickvals=mine.layer.tolist())
+    figure.update_yaxes(title_text="TCAV score (share of inputs)", range=[-0.05, 1.05], zeroline=False)
+    found = f"The output is sensitive to the concept at {sum(real)} of {len(real)} layers (p < {level:g} / {len(real)})"
+    return finish(figure, title or found)

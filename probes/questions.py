@@ -32,6 +32,8 @@ from probes.question_bank import BANK, Source
 if TYPE_CHECKING:
     import pandas as pd
 
+    from probes.sweep import Survey
+
 
 @dataclass(frozen=True)
 class Question:
@@ -61,17 +63,25 @@ class Answer:
 
     Attributes:
         question: what was asked.
-        layers: a probe per layer with its controls (`probes.by_layer`).
+        survey: every layer's probe, its features and the table of scores and controls (`probes.survey`).
         causal: the output against the push (`probes.causal`), at the layer where half of the prompts follow most.
-        probe: the probe there.
-        node: its site.
+        node: that layer's site.
     """
 
     question: Question
-    layers: pd.DataFrame
+    survey: Survey
     causal: pd.DataFrame
-    probe: Any
     node: str
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """A probe per layer with its controls (`probes.by_layer`)."""
+        return self.survey.table
+
+    @property
+    def probe(self) -> Any:
+        """The probe along which the model was pushed."""
+        return self.survey.probes[self.node]
 
     @property
     def text(self) -> str:
@@ -237,31 +247,26 @@ def ask(
     Raises ProbeError for an unknown name.
     """
     from probes.intervening import causal
-    from probes.reading import features
-    from probes.splitting import split
-    from probes.sweep import _Study, by_layer
+    from probes.sweep import survey
 
     if isinstance(question, str):
         if question not in QUESTIONS:
             raise ProbeError(f"question={question!r}: expected one of {', '.join(QUESTIONS)}, or a Question")
         question = QUESTIONS[question]()
-    parts = split(question.labels, question.groups, seed=seed)
-    labels = question.labels.tolist()
-    layers = by_layer(m, question.texts, labels, site, at=at, groups=question.groups, parts=parts, seed=seed)
     metric = prefers(m, question.one, question.zero)
-    read = features(m, question.texts, f"{site}[*]", at=at)
-    study = _Study(question.labels, parts, np.asarray(question.groups), None, "accuracy", False, seed)
+    found = survey(m, question.texts, question.labels, f"{site}[*]", at=at, groups=question.groups, seed=seed)
+    layers = found.table
+    readable = layers[(layers.baseline == "none") & (layers.validation >= layers.attrs["best_validation"] - 0.05)]
     # Where something is read best is seldom where it works best: the layer to push at is chosen on half of the prompts.
     choose, score = question.prompts[::2], question.prompts[1::2]
-    best: tuple[float, str, Any, float] | None = None
-    for node in read:
-        probe, _, right = study.fit(read[node])
-        unit = float((read[node][parts.train] @ probe.direction_).std())
-        tried = causal(m, probe, node, choose, metric, unit=unit, strengths=(-2, 2), controls=0, scope="last")
-        slope = tried.attrs["slope"] if right >= layers.attrs["best_validation"] - 0.05 else -np.inf
-        if best is None or slope > best[0]:
-            best = (slope, node, probe, unit)
-    assert best is not None
-    _, node, probe, unit = best
-    moved = causal(m, probe, node, score, metric, unit=unit, controls=controls, scope="last", seed=seed)
-    return Answer(question, layers, moved, probe, node)
+    slopes, units = {}, {}
+    for node in readable.node:
+        probe = found.probes[node]
+        units[node] = float((found.read[node][found.parts.train] @ probe.direction_).std())
+        tried = causal(m, probe, node, choose, metric, unit=units[node], strengths=(-2, 2), controls=0, scope="last")
+        slopes[node] = tried.attrs["slope"]
+    node = max(slopes, key=lambda n: slopes[n])
+    moved = causal(
+        m, found.probes[node], node, score, metric, unit=units[node], controls=controls, scope="last", seed=seed
+    )
+    return Answer(question, found, moved, node)

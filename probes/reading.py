@@ -1,16 +1,19 @@
 """From texts to features: what a model holds at its sites, one row per text, all sites in one pass over the data.
 
-    f = features(m, texts, ["resid_post[*]", "z[*, head=*]", "routing[*]"], at="last")
-    f["resid_post[5]"]          [text, d_model]
-    f["routing[3]"]             [text, expert]: how the router spreads each text over the experts
+    f = features(m, texts, ["resid_post[*]", "z[*, head=*]", "routing[*]", "expert_out[3, expert=*]", s], at="last")
+    f["resid_post[5]"]              [text, d_model]
+    f["z[5, head=3]"]               [text, d_head]; ``z[5]`` has all heads side by side, ``mlp_hidden[5]`` all neurons
+    f["routing[3]"]                 [text, expert]: how the router spreads each text over the experts
+    f["expert_out[3, expert=17]"]   [text, d_model]: what expert 17 said, 0 where it was not chosen
+    f["sae[resid_post[5]]"]         [text, latent]: the codes of the SAE `s`
 
 `at` says which tokens: "last", "mean" (of all but a leading special token), "max", or "all" (a row for every token, and
-`f.text` says which text it is of). Heads and neurons are features of their layer, so ``z[5]`` is [text, head * d_head].
+`f.text` says which text it is of). Codes and routing are made per token and pooled afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from interp.sites import Site
 from probes.errors import ProbeError
+
+Reader = Callable[[Any, Tensor], Tensor]  # activations and mask [batch, pos] -> [batch, pos, feature]
 
 AT = ("last", "mean", "max", "all")
 
@@ -59,7 +65,7 @@ class Features:
 
 
 def features(
-    m: Any, texts: Sequence[str] | Any, sites: str | Iterable[str], *, at: str = "last", batch_size: int = 16,
+    m: Any, texts: Sequence[str] | Any, sites: Any, *, at: str = "last", batch_size: int = 16,
     max_length: int | None = None, skip_first: bool = True,
 ) -> Features:  # fmt: skip
     """Reads every site in one pass.
@@ -67,33 +73,27 @@ def features(
     Args:
         m: the model.
         texts: texts, or Tokens.
-        sites: site patterns; also ``routing[l]`` (expert weights as [row, expert], of any MoE; for Monet its two
-            factors [row, 2 * key], summed over heads).
+        sites: one or several of: site patterns; ``routing[l]`` (expert weights as [row, expert], of any MoE; for Monet
+            its two factors [row, 2 * key], summed over heads); SAEs (`interp.sae`), for their codes.
         at: "last", "mean", "max" or "all".
         batch_size: texts per forward pass.
         max_length: longer texts are cut.
         skip_first: with "mean" and "max", leave out the first token, whose massive activations drown the rest.
 
-    Raises ProbeError for an unknown `at` or a text without tokens; SiteError for what the model does not have.
+    Raises ProbeError for an unknown `at`, a text without tokens, a site with a row per slot and no expert named;
+    SiteError for what the model does not have.
     """
     if at not in AT:
         raise ProbeError(f"at={at!r}: expected one of {', '.join(AT)}")
-    wanted = [sites] if isinstance(sites, str) else list(sites)
-    plain = [s for s in wanted if not s.startswith("routing[")]
-    routed = [s for s in wanted if s.startswith("routing[")]
-    layers = {str(s): s.layer for s in m.resolve(plain)} if plain else {}
-    routing = _routing_sites(m, routed)
-    read = [*layers, *(site for needed in routing.values() for site in needed)]
-    collected: dict[str, list[Tensor]] = {s: [] for s in [*layers, *routing]}
+    read, readers = _readers(m, [sites] if isinstance(sites, str) or hasattr(sites, "encode") else list(sites))
+    collected: dict[str, list[Tensor]] = {name: [] for name in readers}
     owner: list[np.ndarray] = []
     position: list[np.ndarray] = []
     for start, tokens in _batches(m, texts, batch_size, max_length):
         acts = m.capture(tokens, read, check=False)
         mask = tokens.mask.cpu()
-        for site in layers:
-            collected[site].append(_take(_flat(acts[site]).float().cpu(), mask, at, skip_first))
-        for site, needed in routing.items():
-            collected[site].append(_take(_dispersal(m, acts, needed, mask), mask, at, skip_first))
+        for name, reader in readers.items():
+            collected[name].append(_take(reader(acts, mask).float().cpu(), mask, at, skip_first))
         if at == "all":
             row, _ = mask.nonzero(as_tuple=True)
             owner.append(row.numpy() + start)
@@ -110,6 +110,46 @@ def features(
     return Features(values, np.concatenate(owner), np.concatenate(position), at, m.name, m.fingerprint)
 
 
+def _readers(m: Any, wanted: list[Any]) -> tuple[list[str], dict[str, Reader]]:
+    """What to capture, and for every feature how it is made of that. Indexed sites are cut from whole ones, read
+    once."""
+    read: dict[str, None] = {}
+    readers: dict[str, Reader] = {}
+    for one in wanted:
+        if hasattr(one, "encode") and not isinstance(one, str):
+            read |= dict.fromkeys(one.sites)
+            readers[f"sae[{'+'.join(one.sites)}]"] = lambda acts, mask, s=one: s.encode(s.read(acts))
+        elif one.startswith("routing["):
+            for name, needed in _routing_sites(m, one).items():
+                read |= dict.fromkeys(needed)
+                readers[name] = lambda acts, mask, needed=needed: _dispersal(m, acts, needed, mask)
+        else:
+            for site in m.resolve(one):
+                read[str(site.base)] = None
+                readers[str(site)] = lambda acts, mask, site=site: _at_site(acts, site)
+    return list(read), readers
+
+
+def _at_site(acts: Any, site: Site) -> Tensor:
+    """[batch, pos, feature] of any site; of a routed one its expert's rows, 0 at tokens that did not choose it."""
+    if not site.kind.routed:
+        value = acts[site]
+        return value.reshape(*value.shape[:2], -1)
+    index = dict(site.index)
+    if "expert" not in index and "slot" not in index:
+        raise ProbeError(
+            f"{site}: it has a row per chosen expert. Probe one expert ({site.name}[{site.layer}, expert=*]), which "
+            f"were chosen (routing[{site.layer}]), or their sum (mlp_out[{site.layer}])"
+        )
+    if "expert" not in index:
+        value = acts[site]
+        return value.reshape(*value.shape[:2], -1)
+    whole = acts[Site(site.name, site.layer, tuple((k, v) for k, v in site.index if k != "expert"))]
+    chosen = acts.experts(site.layer).ids == index["expert"]  # [batch, pos, slot], at most one True a token
+    value = whole.reshape(*chosen.shape, -1)
+    return (value * chosen[..., None]).sum(2)
+
+
 def _batches(m: Any, texts: Any, size: int, max_length: int | None) -> Iterator[tuple[int, Any]]:
     if isinstance(texts, str):
         texts = [texts]
@@ -121,11 +161,6 @@ def _batches(m: Any, texts: Any, size: int, max_length: int | None) -> Iterator[
         raise ProbeError("texts: empty; give at least one")
     for start in range(0, len(texts), size):
         yield start, m.tokens(list(texts[start : start + size]), max_length=max_length, truncate=max_length is not None)
-
-
-def _flat(value: Tensor) -> Tensor:
-    """[batch, pos, ...] -> [batch, pos, feature]."""
-    return value.reshape(*value.shape[:2], -1)
 
 
 def _take(value: Tensor, mask: Tensor, at: str, skip_first: bool) -> Tensor:
@@ -146,18 +181,12 @@ def _take(value: Tensor, mask: Tensor, at: str, skip_first: bool) -> Tensor:
     return (value.masked_fill(~use[..., None], 0)).sum(1) / weight.sum(1, keepdim=True)
 
 
-def _routing_sites(m: Any, patterns: list[str]) -> dict[str, list[str]]:
+def _routing_sites(m: Any, pattern: str) -> dict[str, list[str]]:
     """routing[l] -> the sites that it is made of."""
-    if not patterns:
-        return {}
     names = ("g1", "g2") if m.anatomy.having("g1") else ("expert_weight",)
-    found: dict[str, list[str]] = {}
-    for pattern in patterns:
-        index = pattern.removeprefix("routing")
-        sites = [m.resolve(name + index) for name in names]
-        for group in zip(*sites, strict=True):
-            found[f"routing[{group[0].layer}]"] = [str(s) for s in group]
-    return found
+    index = pattern.removeprefix("routing")
+    sites = [m.resolve(name + index) for name in names]
+    return {f"routing[{group[0].layer}]": [str(s) for s in group] for group in zip(*sites, strict=True)}
 
 
 def _dispersal(m: Any, acts: Any, needed: list[str], mask: Tensor) -> Tensor:

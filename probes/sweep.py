@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,23 @@ CONTROLS = ("shuffled", "random model", "bag of tokens")
 PENALTIES = (0.001, 0.01, 0.1, 1.0)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a sweep leaves.
+
+    Attributes:
+        table: see `by_site`.
+        probes: node -> the probe fitted there on the training part, with the penalty chosen on validation.
+        read: the features they were fitted on.
+        parts: the split.
+    """
+
+    table: pd.DataFrame
+    probes: dict[str, Any]
+    read: Features
+    parts: Split
+
+
 def by_layer(
     m: Any, texts: Sequence[str] | Any, labels: Sequence[object], site: str = "resid_post", **how: Any
 ) -> pd.DataFrame:
@@ -42,19 +60,30 @@ def by_layer(
     return by_site(m, texts, labels, f"{site}[*]", **how)
 
 
-def by_site(
-    m: Any, texts: Sequence[str] | Any, labels: Sequence[object], sites: str | Iterable[str], *, at: str = "last",
+def by_site(m: Any, texts: Sequence[str] | Any, labels: Sequence[object], sites: Any, **how: Any) -> pd.DataFrame:
+    """Fits a probe at every site and scores it on held-out examples: the table of `survey`, which says the arguments.
+
+    Returns:
+        Table: node, site, layer, head, baseline ("none" or a control), metric, value, low, high, selectivity,
+        validation, C. Settings in `.attrs`, with the best node by *validation* and its test score.
+    """
+    return survey(m, texts, labels, sites, **how).table
+
+
+def survey(
+    m: Any, texts: Sequence[str] | Any, labels: Sequence[object], sites: Any, *, at: str = "last",
     probe: Any = None, groups: Sequence[object] | None = None, parts: Split | None = None,
     controls: Iterable[str] = ("shuffled", "bag of tokens"), mdl: bool = False, metric: str = "accuracy", seed: int = 0,
     batch_size: int = 16, max_length: int | None = None,
-) -> pd.DataFrame:  # fmt: skip
-    """Fits a probe at every site and scores it on held-out examples.
+) -> Survey:  # fmt: skip
+    """A probe at every site, beside its controls, and the fitted probes themselves.
 
     Args:
         m: the model.
         texts: the examples, or Tokens.
         labels: one per text.
-        sites: patterns, see `probes.reading.features`. ``z[*, head=*]`` probes every head by itself.
+        sites: patterns, ``routing[*]`` and SAEs, see `probes.reading.features`. ``z[*, head=*]`` probes every head by
+            itself, ``expert_out[3, expert=*]`` every expert.
         at: which tokens: "last", "mean", "max".
         probe: any classifier of scikit-learn's interface; default LinearProbe, whose penalty C is chosen on validation.
         groups: template or document of each example, so that none stands on both sides.
@@ -66,47 +95,34 @@ def by_site(
         batch_size: texts per forward pass.
         max_length: longer texts are cut.
 
-    Returns:
-        Table: node, site, layer, head, baseline ("none" or a control), metric, value, low, high, selectivity, C.
-            Settings in
-        `.attrs`, with the best node by *validation* and its test score.
-
     Raises ProbeError for labels of the wrong length, one class, an unknown control, groups on both sides of `parts`.
     """
-    y = np.asarray(labels)
-    read = features(m, texts, _whole(sites), at=at, batch_size=batch_size, max_length=max_length)
     if at == "all":
         raise ProbeError(
             "at='all' gives many rows a text; probe tokens with probes.features(...) and a probe's own fit"
         )
-    if len(y) != len(read):
-        raise ProbeError(f"labels: {len(y)} for {len(read)} texts; give one per text")
-    chosen = split(y, groups, seed=seed) if parts is None else parts.check(groups, len(y))
     asked = list(controls)
     if unknown := [c for c in asked if c not in CONTROLS]:
         raise ProbeError(f"controls: unknown {unknown[0]!r}; expected some of {', '.join(CONTROLS)}")
+    y = np.asarray(labels)
+    if len(y) != len(texts):
+        raise ProbeError(f"labels: {len(y)} for {len(texts)} texts; give one per text")
+    chosen = split(y, groups, seed=seed) if parts is None else parts.check(groups, len(y))
     study = _Study(y, chosen, None if groups is None else np.asarray(groups), probe, metric, mdl, seed)
-    rows = study.rows(m, read, sites, "none")
+    reading = {"at": at, "batch_size": batch_size, "max_length": max_length}
+    read = features(m, texts, sites, **reading)
+    rows, probes = study.rows(read, "none")
     if "shuffled" in asked:
         permuted = np.random.default_rng(seed).permutation(y)
-        rows += study.with_labels(permuted).rows(m, read, sites, "shuffled")
+        rows += study.with_labels(permuted).rows(read, "shuffled")[0]
     if "random model" in asked:
-        other = features(
-            _randomised(m, seed), texts, _whole(sites), at=at, batch_size=batch_size, max_length=max_length
-        )
-        rows += study.rows(m, other, sites, "random model")
+        rows += study.rows(features(_randomised(m, seed), texts, sites, **reading), "random model")[0]
     if "bag of tokens" in asked:
-        rows.append(study.row("bag of tokens", bag_of_tokens(m, texts, max_length), "bag of tokens"))
-    return _table(rows, {"model": m.name, "fingerprint": m.fingerprint, "at": at, "metric": metric, "seed": seed,
-                         "examples": len(y), "classes": [str(c) for c in np.unique(y)],
-                         "train": len(chosen.train), "validation": len(chosen.validation), "test": len(chosen.test),
-                         "grouped": groups is not None})  # fmt: skip
-
-
-def _whole(sites: str | Iterable[str]) -> list[str]:
-    """Patterns without their head: all heads are read at once and cut afterwards."""
-    wanted = [sites] if isinstance(sites, str) else list(sites)
-    return list(dict.fromkeys(s.replace(", head=*", "").replace(",head=*", "") for s in wanted))
+        rows.append(study.row("bag of tokens", bag_of_tokens(m, texts, max_length), "bag of tokens")[0])
+    about = {"model": m.name, "fingerprint": m.fingerprint, "at": at, "metric": metric, "seed": seed,
+             "examples": len(y), "classes": [str(c) for c in np.unique(y)], "train": len(chosen.train),
+             "validation": len(chosen.validation), "test": len(chosen.test), "grouped": groups is not None}  # fmt: skip
+    return Survey(_table(rows, about), probes, read, chosen)
 
 
 class _Study:
@@ -126,18 +142,11 @@ class _Study:
         other.labels = labels
         return other
 
-    def rows(self, m: Any, read: Features, sites: str | Iterable[str], baseline: str) -> list[dict[str, Any]]:
-        by_head = any("head=*" in s for s in ([sites] if isinstance(sites, str) else sites))
-        found = []
-        for site, value in read.values.items():
-            if by_head and site.startswith("z["):
-                for head, part in enumerate(np.split(value, m.n_heads, axis=1)):
-                    found.append(self.row(f"{site[:-1]}, head={head}]", part, baseline))
-            else:
-                found.append(self.row(site, value, baseline))
-        return found
+    def rows(self, read: Features, baseline: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        found = {node: self.row(node, value, baseline) for node, value in read.values.items()}
+        return [row for row, _ in found.values()], {node: fitted for node, (_, fitted) in found.items()}
 
-    def row(self, node: str, X: np.ndarray, baseline: str) -> dict[str, Any]:
+    def row(self, node: str, X: np.ndarray, baseline: str) -> tuple[dict[str, Any], Any]:
         fitted, C, validation = self.fit(X)
         test = self.parts.test
         groups = None if self.groups is None else self.groups[test]
@@ -147,10 +156,10 @@ class _Study:
             train = self.parts.train
             bits = {"bits": description_length(fitted, X[train], self.labels[train], seed=self.seed)["bits_per_label"]}
         return {"node": node, "baseline": baseline, "metric": self.metric, "value": got.value, "low": got.low,
-                "high": got.high, "validation": validation, "C": C, **bits}  # fmt: skip
+                "high": got.high, "validation": validation, "C": C, **bits}, fitted  # fmt: skip
 
     def fit(self, X: np.ndarray) -> tuple[Any, float, float]:
-        """The probe fitted on train, with the penalty that does best on validation."""
+        """The probe fitted on train, its penalty (the one that does best on validation), and how well it does there."""
         import warnings
 
         from sklearn.base import clone
@@ -159,17 +168,13 @@ class _Study:
         from probes.linear import LinearProbe
 
         train, held = self.parts.train, self.parts.validation
-        tried = [clone(self.probe)] if self.probe is not None else [LinearProbe(C=C) for C in PENALTIES]
-        best: tuple[Any, float, float] | None = None
+        x, y = X[train], self.labels[train]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ProbeWarning)  # the controls say what a warning would
-            for one in tried:
-                one.fit(X[train], self.labels[train])
-                got = self.score(self.labels[held], one.predict(X[held]))
-                if best is None or got > best[2]:
-                    best = (one, float(getattr(one, "C", np.nan)), got)
-        assert best is not None
-        return best
+            tried = LinearProbe.path(x, y, PENALTIES) if self.probe is None else [clone(self.probe).fit(x, y)]
+        scores = [self.score(self.labels[held], one.predict(X[held])) for one in tried]
+        best = int(np.argmax(scores))  # the strongest penalty of the best
+        return tried[best], float(getattr(tried[best], "C", np.nan)), scores[best]
 
 
 def bag_of_tokens(m: Any, texts: Sequence[str] | Any, max_length: int | None = None) -> np.ndarray:
@@ -203,45 +208,34 @@ def _randomised(m: Any, seed: int) -> Any:
 def _table(rows: list[dict[str, Any]], attrs: dict[str, Any]) -> pd.DataFrame:
     import pandas as pd
 
+    by_chance = {row["node"]: row["value"] for row in rows if row["baseline"] == "shuffled"}
+    for row in rows:
+        row |= _place(row["node"])
+        real = row["baseline"] == "none"
+        row["selectivity"] = row["value"] - by_chance.get(row["node"], np.nan) if real else np.nan
+    first = ["node", "site", "layer", "head", "expert", "baseline", "metric", "value", "low", "high", "selectivity",
+             "validation", "C"]  # fmt: skip
+    table = pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64", "expert": "Int64"})
+    table = table[first + [c for c in table if c not in first]]
+    best = max((row for row in rows if row["baseline"] == "none"), key=lambda row: row["validation"])
+    table.attrs = {**attrs, "best": best["node"]}
+    table.attrs |= {f"best_{name}": best[name] for name in ("value", "low", "high", "validation")}
+    return table
+
+
+def _place(node: str) -> dict[str, Any]:
+    """site, layer, head and expert of a node; NA where it has none."""
+    import pandas as pd
+
     from interp.sites import Site
 
-    for row in rows:
-        node = row["node"]
-        row["site"], row["layer"], row["head"] = node.partition("[")[0], pd.NA, pd.NA
-        if node.startswith("routing["):
-            row["layer"] = int(node[8:-1])
-        elif "[" in node:
-            site = Site.parse(node)
-            row["layer"] = site.layer
-            row["head"] = dict(site.index).get("head", pd.NA)
-    table = pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64"})
-    by_chance = {row["node"]: row["value"] for row in rows if row["baseline"] == "shuffled"}
-    table["selectivity"] = [
-        row["value"] - by_chance.get(row["node"], np.nan) if row["baseline"] == "none" else np.nan for row in rows
-    ]
-    best = max((row for row in rows if row["baseline"] == "none"), key=lambda row: row["validation"])
-    about = {
-        "best": best["node"],
-        "best_value": best["value"],
-        "best_low": best["low"],
-        "best_high": best["high"],
-        "best_validation": best["validation"],
-    }
-    first = [
-        "node",
-        "site",
-        "layer",
-        "head",
-        "baseline",
-        "metric",
-        "value",
-        "low",
-        "high",
-        "selectivity",
-        "validation",
-        "C",
-    ]
-    table = table[first + [c for c in table if c not in first]]
-    table.attrs.update(attrs)
-    table.attrs.update(about)
-    return table
+    name, _, rest = node.partition("[")
+    found = {"site": name, "layer": pd.NA, "head": pd.NA, "expert": pd.NA}
+    if name == "routing":
+        found["layer"] = int(rest[:-1])
+    elif rest:
+        site = Site.parse(rest[: rest.index("]") + 1] if name == "sae" else node)  # a latent lives where its SAE reads
+        index = dict(site.index)
+        found |= {"layer": pd.NA if site.layer is None else site.layer}
+        found |= {key: index[key] for key in ("head", "expert") if key in index}
+    return found

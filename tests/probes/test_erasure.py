@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.estimator_checks import check_estimator
 
 import interp
 import probes
@@ -33,6 +36,25 @@ def test_leace_equals_its_formula():
     mine = probes.Leace(shrinkage=False, tol=0).fit(X, y)
     np.testing.assert_allclose(mine.transform(X), literal_leace(X, y), atol=1e-6)
     assert mine.rank_ == 2  # three classes span two directions
+
+
+@pytest.mark.parametrize("eraser", [probes.Leace(), probes.MeanProjection(), probes.INLP(steps=2)],
+                         ids=lambda e: type(e).__name__)  # fmt: skip
+def test_keeps_scikit_learns_contract(eraser):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = check_estimator(eraser, on_fail=None)
+    assert [(r["check_name"], str(r["exception"])) for r in done if r["status"] == "failed"] == []
+
+
+def test_it_is_the_same_map_that_steering_makes():
+    from steering import leace_map
+
+    X, y = planted()
+    x = torch.from_numpy(X).float()
+    theirs = leace_map(x, torch.from_numpy(y), trace_guard=False)
+    mine = probes.Leace(shrinkage=False).fit(x, y).transform(x)
+    np.testing.assert_allclose(mine, theirs(x[None], None)[0].numpy(), atol=1e-4)
 
 
 def test_leace_leaves_a_fresh_probe_at_chance_on_held_out_data():

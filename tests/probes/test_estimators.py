@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import NearestCentroid
@@ -50,6 +51,63 @@ def test_logistic_is_scikit_learns_minimum_in_few_passes(classes, standardize):
         expected = theirs.fit(X, y).coef_
     np.testing.assert_allclose(mine.coef_, expected, atol=1e-4 * np.abs(expected).max())
     assert mine.n_iter_ < 60
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_many_float32_rows_give_scikit_learns_minimum_too(classes):
+    """100,000 rows, where the fit begins on a sample of them, with means that dwarf the spread."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((100_000, 24), dtype=np.float32)
+    y = (z @ rng.normal(size=(24, classes)) + rng.gumbel(size=(len(z), classes))).argmax(1)
+    X = (z * np.logspace(-1, 2, 24) + 300).astype(np.float32)
+    scale = StandardScaler().fit(X.astype(float))
+    theirs = LogisticRegression(C=0.01, tol=1e-8, solver="newton-cholesky").fit(scale.transform(X.astype(float)), y)
+    mine = probes.LinearProbe(C=0.01).fit(X, y)
+    np.testing.assert_allclose(mine.coef_ * scale.scale_, theirs.coef_, atol=2e-3 * np.abs(theirs.coef_).max())
+    assert (mine.predict(X) == theirs.predict(scale.transform(X.astype(float)))).mean() > 0.9995
+    assert mine.n_iter_ < 20
+
+
+def test_the_others_too_on_many_float32_rows():
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((100_000, 24), dtype=np.float32)
+    y = (z @ rng.normal(size=24) + rng.logistic(size=len(z)) > 0).astype(int)
+    X = (z * np.logspace(-1, 2, 24) + 300).astype(np.float32)
+    for one, other in [
+        (probes.RidgeProbe(alpha=3.0), RidgeClassifier(alpha=3.0)),
+        (probes.LDA(shrinkage=None), LinearDiscriminantAnalysis(solver="lsqr")),
+        (probes.NearestMean(), NearestCentroid()),
+    ]:
+        same = one.fit(X, y).predict(X) == other.fit(X.astype(float), y).predict(X.astype(float))
+        assert same.mean() > 0.9995, one
+
+
+def test_a_rare_class_that_the_sample_misses_is_fitted_all_the_same():
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((40_000, 4), dtype=np.float32)
+    y = np.zeros(len(X), int)
+    y[rng.integers(len(X), size=3)] = 1
+    theirs = LogisticRegression(C=1.0, tol=1e-9, solver="newton-cholesky").fit(X, y)
+    mine = probes.LinearProbe(C=1.0, standardize=False, tol=1e-8).fit(X, y)
+    np.testing.assert_allclose(mine.coef_, theirs.coef_, atol=1e-3)
+
+
+def test_a_path_of_penalties_is_each_of_them_alone():
+    X, y = data(3)
+    for found, C in zip(probes.LinearProbe.path(X, y, [1.0, 0.001, 0.1], tol=1e-8), [1.0, 0.001, 0.1], strict=True):
+        alone = probes.LinearProbe(C=C, tol=1e-8).fit(X, y)
+        np.testing.assert_allclose(found.coef_, alone.coef_, atol=1e-5 * np.abs(alone.coef_).max())
+        assert found.C == C
+
+
+@pytest.mark.parametrize("probe", [probes.AttentionProbe(steps=3), probes.CCS(starts=2), probes.MultiLabelProbe(C=2.0)],
+                         ids=lambda p: type(p).__name__)  # fmt: skip
+def test_probes_on_other_shapes_can_be_cloned_and_set(probe):
+    """Their data is not [sample, feature] with one label, so scikit-learn's whole check does not apply."""
+    copy = clone(probe)
+    assert copy.get_params() == probe.get_params()
+    name = next(iter(copy.get_params()))
+    assert copy.set_params(**{name: 7}).get_params()[name] == 7
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -165,14 +223,28 @@ def test_saves_and_loads(probe, tmp_path):
     assert sorted(f.name for f in (tmp_path / "p").iterdir()) == ["card.json", "probe.safetensors"]
 
 
-def test_bad_input_is_named():
+@pytest.mark.parametrize("probe", [probes.LinearProbe(), probes.RidgeProbe(), probes.KSparseProbe(k=40)],
+                         ids=lambda p: type(p).__name__)  # fmt: skip
+def test_fewer_samples_than_features_are_warned_of_and_regularised(probe):
+    X, y = data(2, n=30, d=60)
+    with pytest.warns(probes.ProbeWarning, match="30 samples for"):
+        probe.fit(X, y)
+    assert np.isfinite(probe.coef_).all()
+
+
+@pytest.mark.parametrize("probe", ALL, ids=lambda p: type(p).__name__)
+def test_bad_data_is_named_by_every_probe(probe):
     X, y = data(2, n=60)
     with pytest.raises(probes.ProbeError, match="one class only"):
-        probes.LinearProbe().fit(X, np.zeros(60))
+        probe.fit(X, np.zeros(60))
     with pytest.raises(probes.ProbeError, match="59 labels and X 60 rows"):
-        probes.LinearProbe().fit(X, y[:-1])
+        probe.fit(X, y[:-1])
     with pytest.raises(ValueError, match="NaN"):
-        probes.LinearProbe().fit(np.where(X > 3, np.nan, X), y)
+        probe.fit(np.where(X > 3, np.nan, X), y)
+
+
+def test_bad_input_is_named():
+    X, y = data(2, n=60)
     with pytest.raises(probes.ProbeError, match="C=-1"):
         probes.LinearProbe(C=-1).fit(X, y)
     with pytest.raises(probes.ProbeError, match="one vector per class"):

@@ -71,6 +71,52 @@ def test_routing_as_features_is_what_the_router_gave(family):
     np.testing.assert_allclose(got[layer], expected.numpy(), atol=1e-6)
 
 
+def test_experts_are_probed_one_by_one():
+    """Their outputs, each with its weight, add up to what the block returned: none is lost, none counted twice."""
+    m = interp.load("tiny:olmoe")
+    tokens, y = examples(m, n=60)
+    read = probes.features(m, tokens, ["expert_out[0, expert=*]", "routing[0]", "mlp_out[0]"], at="all")
+    said = np.stack([read[f"expert_out[0, expert={e}]"] for e in range(m.n_experts)], 1)  # [row, expert, d_model]
+    np.testing.assert_allclose((read["routing[0]"][..., None] * said).sum(1), read["mlp_out[0]"], atol=1e-5)
+    assert (np.abs(said).sum(-1) > 0).sum(1).max() < m.n_experts  # silent where it was not chosen
+    table = probes.by_site(m, tokens, y, ["expert_out[*, expert=*]", "expert_hidden[0, expert=1]"], controls=())
+    assert len(table) == m.n_layers * m.n_experts + 1
+    assert table.expert.tolist() == [*list(range(m.n_experts)) * m.n_layers, 1]
+    with pytest.raises(probes.ProbeError, match=r"expert_out\[0\]: it has a row per chosen expert. Probe one expert"):
+        probes.features(m, tokens, "expert_out[0]")
+
+
+def test_neurons_and_latents_are_features_of_their_layer():
+    from interp.sae import SAE
+
+    m = interp.load("tiny:llama")
+    tokens, y = examples(m, n=200)
+    g = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(22, m.d_model, generator=g), dim=1)
+    s = SAE(rows, torch.zeros(m.d_model), rows, torch.zeros(22), sites=("resid_post[0]",))
+    codes = probes.features(m, tokens, s)["sae[resid_post[0]]"]
+    h = m.capture(tokens, "resid_post[0]")["resid_post[0]"][:, -1]
+    np.testing.assert_allclose(codes, (h @ rows.T).relu().numpy(), atol=1e-5)
+    sites = [s, "mlp_hidden[0]", "mlp_hidden[1, neuron=3]"]
+    found = probes.survey(m, tokens, y, sites, probe=probes.KSparseProbe(k=2), controls=("shuffled",))
+    real = found.table[found.table.baseline == "none"].set_index("node")
+    assert real.layer.tolist() == [0, 0, 1]
+    assert real.site.tolist() == ["sae", "mlp_hidden", "mlp_hidden"]
+    assert real.value["sae[resid_post[0]]"] > 0.95
+    assert len(found.probes["sae[resid_post[0]]"].support_) == 2
+    assert found.read["mlp_hidden[1, neuron=3]"].shape == (200, 1)
+
+
+def test_a_survey_keeps_the_probes_that_its_table_scores():
+    m = interp.load("tiny:llama")
+    tokens, y = examples(m)
+    found = probes.survey(m, tokens, y, "resid_post[*]", controls=())
+    for row in found.table.to_dict("records"):
+        probe, test = found.probes[row["node"]], found.parts.test
+        assert probe.score(found.read[row["node"]][test], y[test]) == row["value"]
+        assert row["C"] == probe.C
+
+
 def test_pooling_is_over_real_tokens_only():
     m = interp.load("tiny:llama")
     ids = torch.randint(4, m.d_vocab, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -138,3 +184,9 @@ def test_bad_input_is_named():
     parts = probes.Split(np.arange(20), np.arange(20, 25), np.arange(25, 30))
     with pytest.raises(probes.ProbeError, match="groups stand in train"):
         probes.by_layer(m, tokens, y, groups=["t"] * 30, parts=parts)
+    with pytest.raises(probes.ProbeError, match="29 entries and y 30"):
+        probes.by_layer(m, tokens, y, groups=["t"] * 29)
+    with torch.no_grad():
+        m.hf.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(probes.ProbeError, match=r"resid_post\[0\]: 30 rows are not finite"):
+        probes.by_layer(m, tokens, y)
