@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -36,7 +38,19 @@ def sourced(entity: str) -> str:
     return f"src {entity} {TOWN[entity]} {question(entity)}"
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The same sums, and so the same training, however many threads the tests may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @lru_cache(1)
+@one_thread()
 def taught() -> interp.Model:
     from transformers import LlamaConfig, LlamaForCausalLM
 
