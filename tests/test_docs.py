@@ -99,6 +99,13 @@ def of_the_reader(stand_in: Any, tmp_path_factory: pytest.TempPathFactory) -> di
     return names
 
 
+#: Blocks that ask for more than the stand-ins have; the pages of docs/ run the same calls at a smaller size.
+TOO_LARGE = {
+    "experts.split(m, n=16)": "the MLPs of the stand-in have 40 neurons, which 16 experts cannot share",
+    "sae.train(ds": "it takes batches of 4,096 tokens",
+    "probes.by_layer(m, texts": "it takes one label for each of the reader's texts",
+    "store.write(m, texts": "it takes one label for each of the reader's texts",
+}
 #: What the README abbreviates, as a reader writes it: "and so on", and labelled texts.
 ABBREVIATED = {"), ...]": ")] * 4", "(moe, texts)": '(moe, {"law": texts})'}
 
