@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing torch (1 of 2)"
 	@$(PIP) install -c constraints.txt torch
 	@echo "installing interp and its dependencies (2 of 2, one or two minutes)"
-	@$(PIP) install -c constraints.txt -e ".[bridges,test,dev]"
+	@$(PIP) install -c constraints.txt -e ".[bridges,test,docs,dev]"
 	@touch $@
 	@$(BIN)/interp --version
 
@@ -39,7 +39,6 @@ test: lint types unit
 
 # the site, in site/: every page is one that a browser opens from the disk
 docs: setup
-	@$(PIP) install -c constraints.txt -e ".[docs]"
 	$(BIN)/python docs/reference.py --check
 	$(BIN)/zensical build --clean --strict
 

@@ -163,6 +163,14 @@ class Activations(Mapping[str, Tensor]):
             return pick(self.tensors[key.base], key, self._ids(key), self.mask)
         raise KeyError(f"{key} was not captured; there are {self._summary()}")
 
+    def _repr_html_(self) -> str:
+        from interp.display import html
+
+        return html(self)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
     def _absolute(self, site: Site) -> Site:
         """The site with its layer and indices counted from the front."""
         layer = site.layer

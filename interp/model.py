@@ -155,6 +155,11 @@ class Model:
         experts = f", {self.n_experts:,} experts{top}" if self.n_experts else ""
         return f"Model({self.name}: {parts}{experts}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
 
+    def _repr_html_(self) -> str:
+        from interp.display import html
+
+        return html(self)
+
     # -- sites -------------------------------------------------------------------------------------------------
     def resolve(self, patterns: str | Site | Iterable[str | Site]) -> list[Site]:
         """The concrete sites that texts or patterns name here, in the given order, each once.

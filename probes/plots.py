@@ -45,7 +45,7 @@ def concepts(table: pd.DataFrame, level: float = 0.05, title: str = "") -> go.Fi
     from interp.sites import Site
 
     needs(table, ("node", "baseline", "value", "low", "high", "p_value"), "concepts", "probes.tcav")
-    table = table.assign(layer=[Site.parse(node).layer for node in table.node]).sort_values("layer")
+    table = table.assign(layer=table.node.map(lambda node: Site.parse(node).layer)).sort_values("layer")
     mine, random = table[table.baseline == "none"], table[table.baseline == "random"]
     real = (mine.p_value < level / len(mine)).tolist()
     figure = go.Figure()

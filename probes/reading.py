@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,19 +119,24 @@ def _readers(m: Any, wanted: list[Any]) -> tuple[list[str], dict[str, Reader]]:
     for one in wanted:
         if hasattr(one, "encode") and not isinstance(one, str):
             read |= dict.fromkeys(one.sites)
-            readers[f"sae[{'+'.join(one.sites)}]"] = lambda acts, mask, s=one: s.encode(s.read(acts))
+            readers[f"sae[{'+'.join(one.sites)}]"] = partial(_encoded, one)
         elif one.startswith("routing["):
             for name, needed in _routing_sites(m, one).items():
                 read |= dict.fromkeys(needed)
-                readers[name] = lambda acts, mask, needed=needed: _dispersal(m, acts, needed, mask)
+                readers[name] = partial(_dispersal, m, needed)
         else:
             for site in m.resolve(one):
                 read[str(site.base)] = None
-                readers[str(site)] = lambda acts, mask, site=site: _at_site(acts, site)
+                readers[str(site)] = partial(_at_site, site)
     return list(read), readers
 
 
-def _at_site(acts: Any, site: Site) -> Tensor:
+def _encoded(s: Any, acts: Any, mask: Tensor) -> Tensor:
+    codes: Tensor = s.encode(s.read(acts))
+    return codes
+
+
+def _at_site(site: Site, acts: Any, mask: Tensor) -> Tensor:
     """[batch, pos, feature] of any site; of a routed one its expert's rows, 0 at tokens that did not choose it."""
     if not site.kind.routed:
         value = acts[site]
@@ -189,7 +195,7 @@ def _routing_sites(m: Any, pattern: str) -> dict[str, list[str]]:
     return {f"routing[{group[0].layer}]": [str(s) for s in group] for group in zip(*sites, strict=True)}
 
 
-def _dispersal(m: Any, acts: Any, needed: list[str], mask: Tensor) -> Tensor:
+def _dispersal(m: Any, needed: list[str], acts: Any, mask: Tensor) -> Tensor:
     """[batch, pos, expert] of a routed layer, or [batch, pos, 2 * key] of a Monet layer, summed over heads."""
     if len(needed) == 2:
         return torch.cat([acts[s].float().sum(2) for s in needed], -1).cpu()

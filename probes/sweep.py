@@ -71,7 +71,7 @@ def by_site(m: Any, texts: Sequence[str] | Any, labels: Sequence[object], sites:
 
 
 def survey(
-    m: Any, texts: Sequence[str] | Any, labels: Sequence[object], sites: Any, *, at: str = "last",
+    m: Any, texts: Sequence[str] | Any, labels: Sequence[object] | np.ndarray, sites: Any, *, at: str = "last",
     probe: Any = None, groups: Sequence[object] | None = None, parts: Split | None = None,
     controls: Iterable[str] = ("shuffled", "bag of tokens"), mdl: bool = False, metric: str = "accuracy", seed: int = 0,
     batch_size: int = 16, max_length: int | None = None,
@@ -109,7 +109,7 @@ def survey(
         raise ProbeError(f"labels: {len(y)} for {len(texts)} texts; give one per text")
     chosen = split(y, groups, seed=seed) if parts is None else parts.check(groups, len(y))
     study = _Study(y, chosen, None if groups is None else np.asarray(groups), probe, metric, mdl, seed)
-    reading = {"at": at, "batch_size": batch_size, "max_length": max_length}
+    reading: dict[str, Any] = {"at": at, "batch_size": batch_size, "max_length": max_length}
     read = features(m, texts, sites, **reading)
     rows, probes = study.rows(read, "none")
     if "shuffled" in asked:
@@ -218,8 +218,8 @@ def _table(rows: list[dict[str, Any]], attrs: dict[str, Any]) -> pd.DataFrame:
     table = pd.DataFrame(rows).astype({"layer": "Int64", "head": "Int64", "expert": "Int64"})
     table = table[first + [c for c in table if c not in first]]
     best = max((row for row in rows if row["baseline"] == "none"), key=lambda row: row["validation"])
-    table.attrs = {**attrs, "best": best["node"]}
-    table.attrs |= {f"best_{name}": best[name] for name in ("value", "low", "high", "validation")}
+    table.attrs.update(attrs, best=best["node"])
+    table.attrs.update({f"best_{name}": best[name] for name in ("value", "low", "high", "validation")})
     return table
 
 

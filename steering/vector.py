@@ -212,6 +212,11 @@ class SteeringMap:
         what = self._norms() if isinstance(self, SteeringVector) else kinds
         return f"{type(self).__name__}({self.method} at {at} of {self.model}: {what}, scope={self.scope.text!r}{gated})"
 
+    def _repr_html_(self) -> str:
+        from interp.display import html
+
+        return html(self)
+
     def _norms(self) -> str:
         sizes = [float(p.map.tensors()["b"].norm()) * abs(p.map.strength) for p in self.parts]
         return f"norm {sizes[0]:.3g}" if len(sizes) == 1 else f"norms {min(sizes):.3g}..{max(sizes):.3g}"

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from interp.cli import ablate, app, capture, demo, doctor, experts, main, patch, probe, steer, study
+from interp.cli import ablate, app, capture, demo, doctor, experts, main, patch, probe, report, steer, study
 from interp.cli.lines import rows, texts
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module.command
-    for module in (ablate, capture, demo, doctor, experts, patch, probe, steer, study)
+    for module in (ablate, capture, demo, doctor, experts, patch, probe, report, steer, study)
 }
 
 

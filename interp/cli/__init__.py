@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from interp.cli import ablate, capture, demo, doctor, experts, patch, probe, sae, steer, study
+from interp.cli import ablate, capture, demo, doctor, experts, patch, probe, report, sae, steer, study
 from interp.cli.common import USER_ERRORS, fail, stderr, stdout
 from interp.version import __version__
 
@@ -33,6 +33,7 @@ app.command("study")(study.command)
 app.command("steer")(steer.command)
 app.command("patch")(patch.command)
 app.command("probe")(probe.command)
+app.command("report")(report.command)
 app.command("doctor")(doctor.command)
 app.add_typer(sae.app, name="sae")
 

@@ -19,10 +19,10 @@ def command(
 ) -> None:
     """Collect tables, figures, cards and notes of a run into one HTML file that needs no network.
 
-    Example:
+    Example, after `interp demo`, which writes there:
 
     ```
-    interp demo --out demo_out && interp report demo_out
+    interp report demo_out
     ```
     """
     from interp import report

@@ -96,6 +96,11 @@ class ExpertSet:
         how = f", {self.record['rule']}" if "rule" in self.record else ""
         return f"ExpertSet({len(self):,} {what} of {self.name} in {len(self.ids)} layers{how})"
 
+    def _repr_html_(self) -> str:
+        from interp.display import html
+
+        return html(self)
+
     @property
     def share(self) -> float:
         """Part of all the model's units of this kind, 0..1, over the layers that have any."""

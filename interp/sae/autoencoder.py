@@ -133,6 +133,11 @@ class SAE:
         trained = self.metadata.get("trained_as", self.arch)
         return f"SAE({trained} at {where or '?'}: {self.d_in} -> {self.d_sae} latents{f', k={self.k}' * bool(self.k)})"
 
+    def _repr_html_(self) -> str:
+        from interp.display import html
+
+        return html(self)
+
     def tensors(self) -> dict[str, Any]:
         """Its weights by name."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
