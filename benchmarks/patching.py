@@ -1,7 +1,7 @@
 """Activation patching: our exact sweep against TransformerLens's, and what the estimators cost and miss.
 
     python benchmarks/patching.py                      # SmolLM2, heads x positions of z, peer on a sample of patches
-    python benchmarks/patching.py --whole              # the peer's whole sweep too: three tokens, every third layer
+    python benchmarks/patching.py --whole              # the peer's whole sweep too: three tokens; --every 3 for a third
     python benchmarks/patching.py --peak               # memory of our sweep under several budgets
     python benchmarks/patching.py --cost               # what each estimator takes, in plain forward passes
     python benchmarks/patching.py --card --task ioi    # recall and relative cost of every estimator, with intervals
@@ -39,6 +39,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="rounds of the sweep, or of --cost")] = 3,
     sample: Annotated[int, typer.Option(min=2, help="patches that the peer runs in a round")] = 40,
     whole: Annotated[bool, typer.Option("--whole", help="the peer runs all patches of a short sweep, once")] = False,
+    every: Annotated[int, typer.Option(min=1, help="every how many layers are swept")] = 1,
     budget: Annotated[int, typer.Option(help="bytes that our sweep may use")] = 2**28,
     threads: Annotated[int, typer.Option(help="torch threads; 0: torch's own choice")] = 0,
     peak: Annotated[bool, typer.Option("--peak", help="measure memory instead")] = False,
@@ -65,11 +66,11 @@ def main(
     elif cost:
         document = costs(rounds, pairs)
     else:
-        document = sweep(rounds, sample, whole, budget)
+        document = sweep(rounds, sample, whole, every, budget)
     print(json.dumps(document) if as_json else text(document))
 
 
-def sweep(rounds: int, sample: int, whole: bool, budget: int) -> dict[str, Any]:
+def sweep(rounds: int, sample: int, whole: bool, every: int, budget: int) -> dict[str, Any]:
     """z of every head at every position, denoising: ours whole, the peer's on a sample."""
     import pandas as pd
     import torch
@@ -89,7 +90,7 @@ def sweep(rounds: int, sample: int, whole: bool, budget: int) -> dict[str, Any]:
     clean, corrupt = (m.tokens(prompt).ids for prompt in prompts[:2])
     right, wrong = (m.tokenizer(w, add_special_tokens=False).input_ids[0] for w in prompts[2:])
     metric, length = metrics.logit_diff(right, wrong), clean.shape[1]
-    layers = range(0, m.n_layers, 3 if whole else 1)
+    layers = range(0, m.n_layers, every)
     nodes = [f"z[{i}]" for i in layers]
     rows = [(i, p, h) for i in layers for p in range(length) for h in range(m.n_heads)]
     draw, ours, theirs, gaps = torch.Generator().manual_seed(0), [], [], []
