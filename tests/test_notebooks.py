@@ -28,10 +28,11 @@ def needs(source: str) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, tmp_path: Path) -> None:
+def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbclient
     import nbformat
 
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for a busy core cost tenfold
     needs(path.read_text(encoding="utf-8").replace('\\"', '"'))
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
