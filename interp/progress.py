@@ -35,11 +35,14 @@ def bar(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """
     started, done = time.monotonic(), 0
     live: Any = None
+    quiet = False  # nobody would see it: asked once, since this runs for every batch
 
     def advance(n: int = 1) -> None:
-        nonlocal done, live
+        nonlocal done, live, quiet
         done += n
-        if live is None and not _shown and time.monotonic() - started > PATIENCE and _wanted():
+        if live is None and not quiet and not _shown and time.monotonic() - started > PATIENCE:
+            if quiet := not _wanted():
+                return
             live = _open(what, total, time.monotonic() - started)
             _shown.append(what)
         if live is not None:

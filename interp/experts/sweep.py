@@ -70,14 +70,14 @@ def sweep(
     sums = torch.zeros(len(data.labels), len(units.layers), units.size, dtype=torch.float64)
     counts = torch.zeros(len(data.labels), dtype=torch.float64)
     adds: dict[int, bool] = {}
-    for batch in data.batches(model, batch_tokens):
-        counts.index_add_(0, batch.label, amounts(batch, metric))
-        plain = Plain.run(model, batch, metric, mode, wanted)
-        with bar("sweeping layers", len(wanted)) as advance:
+    with bar("sweeping", len(data.windows) * len(wanted)) as advance:
+        for batch in data.batches(model, batch_tokens):
+            counts.index_add_(0, batch.label, amounts(batch, metric))
+            plain = Plain.run(model, batch, metric, mode, wanted)
             for layer in wanted:
                 change = _layer(plain, layer, units.size, batch_tokens, adds)  # [row, expert]
                 sums[:, units.layers[layer]].index_add_(0, batch.label, change)
-                advance(1)
+                advance(len(batch.label))
     values = sums / counts[:, None, None]
     table = effects(model, units, data, {"value": values}, metric, mode, "exact")
     return table[table["layer"].isin(wanted)].reset_index(drop=True)
