@@ -31,9 +31,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# --dist loadfile keeps a file's tests on one worker, so session fixtures (a real model) are loaded once per worker.
+# how tests are spread over the workers: tests/conftest.py
 unit: setup
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST)
 
 test: lint types unit
 
