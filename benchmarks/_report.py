@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,8 +27,19 @@ MACHINE = ("Measured on {cpu}, {cores} cores, {threads} torch threads ({capabili
            "Python {python}; {versions}.")
 
 
+#: The headings of our sections; what stands under any other is another benchmark's.
+OURS = re.compile(r"Against the targets|Writing a dataset|\S+, \S+, batches of ")
+
+
+def merged(new: str, old: str) -> str:
+    """`new`, and behind it the sections of `old` that another benchmark wrote."""
+    sections = re.split(r"^(?=## )", old, flags=re.MULTILINE)[1:]  # what stands before the first heading is ours
+    others = [text.rstrip() + "\n" for text in sections if not OURS.match(text.removeprefix("## "))]
+    return "\n".join([new, *others]) if others else new
+
+
 def page(document: dict[str, Any]) -> str:
-    """The whole page."""
+    """Our part of the page."""
     runs = document["runs"]
     counts = sorted({row["rounds"] for run in runs for row in run["rows"] if "rounds" in row})
     parts = [HEAD.format(rounds=" to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))))]

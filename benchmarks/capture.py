@@ -43,14 +43,14 @@ def main(
     tokens: Annotated[int, typer.Option(help="with --write: tokens to write")] = 8192,
     directory: Annotated[Path | None, typer.Option(help="with --write: where")] = None,
     everything: Annotated[bool, typer.Option("--all", help="both models, both dtypes, all peers, writing")] = False,
-    markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the tables to this page; others' sections stay")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")] = False,
 ) -> None:
     """Time `capture` against the plain forward pass, and against everybody else."""
     quiet_libraries()
     import torch
     from _measure import Setting, measured, say, written
-    from _report import page, tables
+    from _report import merged, page, tables
 
     if threads:
         torch.set_num_threads(threads)
@@ -66,7 +66,8 @@ def main(
             run["rows"] += elsewhere(run, vars(setting))
         document["runs"] = [run]
     if markdown:
-        markdown.write_text(page(document), encoding="utf-8")
+        old = markdown.read_text(encoding="utf-8") if markdown.exists() else ""
+        markdown.write_text(merged(page(document), old), encoding="utf-8")
         say(f"wrote {markdown}")
     if as_json:
         print(json.dumps(document, indent=1))
