@@ -17,13 +17,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_shows_what_is_done(impatient: None, capfd: pytest.CaptureFixture[str]) -> None:
     with bar("counting", total=3) as advance:
         advance(2)
-        assert progress._shown == ["counting"]
-        advance(1)
+        advance(1, "nearly there")
     out, err = capfd.readouterr()
     assert out == ""
     assert "counting" in err
     assert "3/3" in err
-    assert progress._shown == []
+    assert "nearly there" in err
+    assert progress._bars == []
 
 
 def test_short_work_stays_quiet(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -47,12 +47,12 @@ def test_it_is_silent_when_nobody_looks(
 
 def test_one_bar_at_a_time(impatient: None, capfd: pytest.CaptureFixture[str]) -> None:
     with bar("outer", 2) as outer:
-        outer(1)
         with bar("inner", 1) as inner:
             inner(1)
-        outer(1)
+            assert progress._bars[0].live is not None, "what runs inside brings the outer bar up"
+        outer(2)
     err = capfd.readouterr().err
-    assert "outer" in err
+    assert "2/2" in err
     assert "inner" not in err
 
 
@@ -64,4 +64,4 @@ def test_an_interrupt_takes_it_away(impatient: None) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         work()
-    assert progress._shown == []
+    assert progress._bars == []

@@ -1,12 +1,15 @@
-"""A progress bar on standard error: documents done, tokens per second, time left."""
+"""What a dataset's bar shows: documents done, tokens per second, time left."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from contextlib import ExitStack
+
+from interp.progress import Advance, bar
 
 
 class Progress:
-    """Context manager around a rich progress bar; silent when `shown` is false.
+    """Context manager around `interp.progress.bar`; silent when `shown` is false.
 
     Args:
         shown: whether to show anything.
@@ -15,34 +18,25 @@ class Progress:
 
     def __init__(self, shown: bool, total: int | None) -> None:
         self.shown, self.total = shown, total
-        self._bar: Any = None
-        self._tokens = 0
+        self._open = ExitStack()
+        self._advance: Advance | None = None
+        self._tokens, self._start = 0, time.monotonic()
 
     def __enter__(self) -> Progress:
         if self.shown:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"),
-                            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"),
-                            TimeRemainingColumn(), console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task("writing", total=self.total, rate="")
+            self._advance = self._open.enter_context(bar("writing documents", self.total))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._open.close()
 
     def documents(self, n: int) -> None:
         """`n` more documents are done (or were found done)."""
-        if self._bar is not None:
-            self._bar.advance(self._task, n)
+        if self._advance is not None:
+            self._advance(n)
 
     def tokens(self, n: int) -> None:
         """`n` more tokens went through the model."""
-        if self._bar is not None:
+        if self._advance is not None:
             self._tokens += n
-            elapsed = self._bar.tasks[0].elapsed or 0
-            self._bar.update(self._task, rate=f"{self._tokens / elapsed:,.0f} tokens/s" if elapsed > 0 else "")
+            self._advance(0, f"{self._tokens / max(time.monotonic() - self._start, 1e-9):,.0f} tokens/s")

@@ -88,7 +88,7 @@ def write(
         empty: a document without text is an error (``"raise"``) or is left out (``"skip"``).
         sources: what the dataset card says of the data: a text on where it comes from, or a mapping of card fields
             (``sources``, ``licence``, ``collection``, ``intended_use``, ...; see `interp.cards.FIELDS`).
-        progress: show a bar with the time left on standard error.
+        progress: show a bar with the time left, where it takes over two seconds (see `interp.progress`).
         worker: which of `n_workers` this process is, from 0.
         n_workers: processes that share the work.
 
