@@ -11,9 +11,10 @@ the stream, cannot) is for the caller to find out, by comparing an unedited run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Skipped(nn.Module):
 
 @contextmanager
 def resumed(layers: nn.ModuleList, start: int, stream: Tensor, forms: list[int]) -> Iterator[None]:
-    """Skips the layers before `start`; layer `start` is given `stream` [batch, pos, d_model]."""
+    """Skips the layers before `start`; layer `start` is given `stream` [batch, pos, d_model], and may write into it."""
     kept = list(layers[:start])
     try:
         for i, layer in enumerate(kept):
@@ -65,15 +66,26 @@ def resumed(layers: nn.ModuleList, start: int, stream: Tensor, forms: list[int])
 @contextmanager
 def forms(layers: nn.ModuleList) -> Iterator[list[int]]:
     """Notes, for each layer that runs inside, how many values it returns (0: a bare tensor)."""
-    found = [0] * len(layers)
+    with _noted(layers, lambda output: len(output) if isinstance(output, tuple) else 0, 0) as found:
+        yield found
 
-    def note(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[index] = len(output) if isinstance(output, tuple) else 0
 
-        return hook
+@contextmanager
+def streams(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """Keeps, for each layer that runs inside, the stream [batch, pos, d_model] that it returns, copied."""
+    with _noted(layers, lambda output: (output[0] if isinstance(output, tuple) else output).clone(), None) as found:
+        yield found
 
-    handles = [layer.register_forward_hook(note(i)) for i, layer in enumerate(layers)]
+
+@contextmanager
+def _noted(layers: nn.ModuleList, what: Callable[[Any], Any], nothing: Any) -> Iterator[list[Any]]:
+    """`what` of each layer's output, by layer; of the newest call."""
+    found = [nothing] * len(layers)
+
+    def note(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        found[index] = what(output)
+
+    handles = [layer.register_forward_hook(partial(note, i)) for i, layer in enumerate(layers)]
     try:
         yield found
     finally:
