@@ -21,7 +21,7 @@ app = typer.Typer(
 File = Annotated[Path | None, typer.Option("--file", help="A text file, one text per line.")]
 Texts = Annotated[list[str] | None, typer.Option("--text", "-t", help="A text. Repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Sae = Annotated[Path, typer.Argument(help="The SAE's directory, ours or SAELens's.")]
+Sae = Annotated[Path, typer.Argument(help="The SAE's directory, ours or SAELens's; or a name: sae-smollm2.")]
 ModelName = Annotated[str, typer.Argument(help="A zoo name, a hub id, a directory, a .gguf file, or tiny:FAMILY.")]
 
 

@@ -5,6 +5,7 @@
     sae.evaluate(s, m, texts)                       what it costs, what it explains, with intervals
     with m.intervene(s.ablate(9)): m(toks)          a latent off; what no latent explains stays
     s.save("dir"); sae.load("dir")                  SAELens reads the same directory
+    sae.load("sae-smollm2")                         one that comes with the project (`sae.names()`)
 
 From the bottom: `kernels` (sparse codes, forward and backward), `select` and `pursuit` (which latents fire), `settings`
 and `architectures` (each paper's loss on one path), `sources`, `trainer`, `checkpoint` and `train`; `autoencoder` (what
@@ -20,13 +21,13 @@ from interp.sae.absorption import absorption, first_letters
 from interp.sae.autoencoder import ARCHITECTURES, SAE
 from interp.sae.dark import dark_matter
 from interp.sae.evaluate import evaluate, pareto, pareto_figure
-from interp.sae.files import from_sae_lens, load, pretrained, save
+from interp.sae.files import from_sae_lens, load, names, pretrained, save
 from interp.sae.isolation import isolation
 from interp.sae.settings import DEFAULTS, Settings
 from interp.sae.train import train, train_many
 
 __all__ = [
     "ARCHITECTURES", "DEFAULTS", "SAE", "SAEError", "Settings", "absorption", "dark_matter", "evaluate",
-    "first_letters", "from_sae_lens", "isolation", "load", "pareto", "pareto_figure", "pretrained", "save", "train",
-    "train_many",
+    "first_letters", "from_sae_lens", "isolation", "load", "names", "pareto", "pareto_figure", "pretrained", "save",
+    "train", "train_many",
 ]  # fmt: skip

@@ -20,13 +20,14 @@ with the decoder rows of all other latents exchanged at random: what unrelated l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.progress import bar
 from interp.sae.autoencoder import SAE
 from interp.sae.dark import halves
 
@@ -89,34 +90,42 @@ def absorption(
     fit, score = halves(len(x), seed)
     z, draw = s.encode(x), torch.Generator().manual_seed(seed)
     lines: list[dict[str, Any]] = []
-    for label, truth in labels.items():
-        if len(truth) != len(x):
-            raise SAEError(f"labels[{label!r}] has {len(truth)} rows, and there are {len(x)} activations")
-        if int(truth[fit].sum()) < 10 or int(truth[score].sum()) < 10:
-            continue
-        probe, slope = _regression(x, truth, fit)
-        direction = slope / slope.norm()
-        main, f1 = _main(z, truth, fit)
-        rows = score[truth[score] & probe[score]]
-        about = {"label": label, "rows": len(rows), "main": main, "f1": f1, "probe_f1": _f1(probe[score], truth[score])}
-        if not len(rows):
-            continue
-        others = torch.ones(s.d_sae, dtype=torch.bool)
-        others[main] = False
-        mixed = s.decoder.clone()
-        places = others.nonzero().squeeze(1)
-        mixed[places] = s.decoder[places[torch.randperm(len(places), generator=draw)]]
-        for baseline, decoder in (("none", s.decoder), ("exchanged", mixed)):
-            for metric, values in _counted(s, decoder, x[rows], z[rows], main, others, direction).items():
-                drawn = values[torch.randint(len(values), (resamples, len(values)), generator=draw)].mean(1)
-                low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
-                lines.append({**about, "metric": metric, "baseline": baseline, "value": float(values.mean()),
-                              "low": low, "high": high})  # fmt: skip
+    with bar("looking for absorption", total=len(labels)) as advance:
+        for label, truth in labels.items():
+            if len(truth) != len(x):
+                raise SAEError(f"labels[{label!r}] has {len(truth)} rows, and there are {len(x)} activations")
+            if int(truth[fit].sum()) >= 10 and int(truth[score].sum()) >= 10:
+                lines += [{"label": label, **line} for line in _label(s, x, z, truth, fit, score, resamples, draw)]
+            advance(1)
     if not lines:
         raise SAEError("labels: none has 10 rows in each half that a linear probe recognises; give more rows")
     table = pd.DataFrame(lines)
     table.attrs.update({"sites": list(s.sites), "seed": seed, "share": SHARE, "jump": JUMP})
     return table
+
+
+def _label(
+    s: SAE, x: Tensor, z: Tensor, truth: Tensor, fit: Tensor, score: Tensor, resamples: int, draw: torch.Generator
+) -> Iterator[dict[str, Any]]:
+    """The lines of one label; none where the probe recognises none of its rows."""
+    probe, slope = _regression(x, truth, fit)
+    direction = slope / slope.norm()
+    main, f1 = _main(z, truth, fit)
+    rows = score[truth[score] & probe[score]]
+    if not len(rows):
+        return
+    about = {"rows": len(rows), "main": main, "f1": f1, "probe_f1": _f1(probe[score], truth[score])}
+    others = torch.ones(s.d_sae, dtype=torch.bool)
+    others[main] = False
+    mixed = s.decoder.clone()
+    places = others.nonzero().squeeze(1)
+    mixed[places] = s.decoder[places[torch.randperm(len(places), generator=draw)]]
+    for baseline, decoder in (("none", s.decoder), ("exchanged", mixed)):
+        for metric, values in _counted(s, decoder, x[rows], z[rows], main, others, direction).items():
+            drawn = values[torch.randint(len(values), (resamples, len(values)), generator=draw)].mean(1)
+            low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+            yield {**about, "metric": metric, "baseline": baseline, "value": float(values.mean()), "low": low,
+                   "high": high}  # fmt: skip
 
 
 def _counted(

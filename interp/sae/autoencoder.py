@@ -7,12 +7,16 @@
 
 However it was trained, it is used in one of five ways (`ARCHITECTURES`); batchtopk and matryoshka SAEs become jumprelu
 SAEs with their threshold, p-annealed ones standard SAEs, and the scaling of inputs and the norms of the decoder are
-in the weights by then. Three shapes: an autoencoder reads and writes one site, a transcoder reads one and predicts
-another, a crosscoder reads and writes several sites side by side.
+in the weights by then. Where training left out tokens of very large norm (attention sinks; `Settings.outliers`), the
+SAE knows nothing about them: no latent fires on them, and its edits leave them alone (`SAE.limit`).
+
+Three shapes: an autoencoder reads and writes one site, a transcoder reads one and predicts another, a crosscoder reads
+and writes several sites side by side.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -55,6 +59,7 @@ class SAE:
         centred: the encoder sees x - b_dec.
         normalize: how activations are normalised on the way in, and back on the way out (SAELens's run-time kinds).
         tolerance: mp: a token is done when its residual's norm is below.
+        limit: activations of a larger norm were left out of the training.
         metadata: how it was trained, and SAELens's metadata.
         history: the metrics of its training, a row per logged step; only on an SAE that was just trained.
     """
@@ -74,6 +79,7 @@ class SAE:
     centred: bool = True
     normalize: str = "none"
     tolerance: float = pursuit.TOLERANCE
+    limit: float = math.inf
     metadata: Mapping[str, Any] = field(default_factory=dict)
     history: pd.DataFrame | None = None
 
@@ -158,12 +164,12 @@ class SAE:
 
     def codes(self, x: Tensor) -> tuple[Support, Tensor]:
         """The codes of activations [row, d_in] as entries: which (token, latent) pairs fire, and how much [entry]."""
+        known = self.inside(x)
         x, _ = self._input(x)
         if self.arch == "mp":
             assert self.k is not None
             support, values, _ = pursuit.matching(x, self.decoder, self.k, self.tolerance)
-            return support, values
-        if self.arch == "topk":
+        elif self.arch == "topk":
             assert self.k is not None
             support, values = top_k(x, self.encoder, self.b_enc, self.k)
         elif self.arch == "jumprelu":
@@ -174,7 +180,13 @@ class SAE:
         if self.arch == "gated":
             values = self._magnitudes(values - self.b_enc[support.ids], support.ids)
         fires = values > 0
+        if known is not None:
+            fires &= known[support.rows]
         return (support, values) if bool(fires.all()) else (support.where(fires), values[fires])
+
+    def inside(self, x: Tensor) -> Tensor | None:
+        """True where an activation [..., d_in] is of the kind that the SAE was trained on [...]; None: it always is."""
+        return None if math.isinf(self.limit) else self._flat(x).norm(dim=-1) <= self.limit
 
     def _magnitudes(self, linear: Tensor, ids: Tensor | slice = slice(None)) -> Tensor:
         assert self.r_mag is not None
@@ -185,7 +197,9 @@ class SAE:
         """Latents [..., d_sae] of activations [..., d_in], none negative. Differentiable in `x`."""
         flat = self._flat(x)
         rows, _ = self._input(flat.reshape(-1, self.d_in))
-        return self._encode(rows).reshape(*flat.shape[:-1], self.d_sae)
+        z = self._encode(rows).reshape(*flat.shape[:-1], self.d_sae)
+        known = self.inside(flat)
+        return z if known is None else z * known[..., None]
 
     def _encode(self, rows: Tensor) -> Tensor:
         if self.arch == "mp":

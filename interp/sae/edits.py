@@ -10,6 +10,7 @@ and its new value is *added* along its decoder row::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
-from interp.edits import Edit, Where
+from interp.edits import Edit, Gate, Where
 
 if TYPE_CHECKING:
     from interp.model import Model
@@ -86,8 +87,24 @@ def steer(s: SAE, latent: int, amount: float, **how: Any) -> Edit:
 
 
 def reconstruction(s: SAE, error: float = 0.0, **how: Any) -> Edit:
-    """The activation is replaced by its reconstruction, plus `error` times what no latent explains."""
-    return Edit(_same_site(s), Reconstructed(s, error), **{"name": "reconstruction", **how})
+    """The activation is replaced by its reconstruction, plus `error` times what no latent explains.
+
+    Tokens of a kind that the SAE was not trained on (`SAE.limit`) stay as they are, unless `gate` says otherwise.
+    """
+    return Edit(_same_site(s), Reconstructed(s, error), **{"name": "reconstruction", "gate": known(s), **how})
+
+
+def known(s: SAE) -> Gate | None:
+    """A gate that is open at tokens of the kind that the SAE was trained on; None where that is every token."""
+    if math.isinf(s.limit):
+        return None
+
+    def gate(h: Tensor, where: Where) -> Tensor:
+        inside = s.inside(h)
+        assert inside is not None
+        return inside.to(h.dtype)
+
+    return gate
 
 
 def capture(m: Model, s: SAE, x: Any) -> tuple[Tensor, Tensor, Any]:

@@ -17,6 +17,9 @@ With x an activation, x' its reconstruction (for a transcoder: y and y'), sums o
     ce_recovered           (ce_off - ce_sae) / (ce_off - ce): 1 for the identity, 0 for the ablation
     kl_recovered           1 - KL(clean, sae) / KL(clean, off)
 
+    outliers   share of tokens whose norm is beyond what the SAE was trained on (`SAE.limit`: attention sinks). They are
+               in none of the above: their activation stays as it is in every run
+
 Intervals are 95 % percentile bootstraps over documents: tokens of one document are not independent draws.
 """
 
@@ -30,6 +33,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.progress import bar
 from interp.sae.autoencoder import SAE
 
 if TYPE_CHECKING:
@@ -87,6 +91,8 @@ def evaluate(
     share = fires.double() / sums["n"].sum()
     rows.append({"metric": "density", "value": float(share[share > 0].median()) if bool(fires.any()) else 0.0})
     rows.append({"metric": "dead", "value": float((fires == 0).sum())})
+    if math.isfinite(s.limit):
+        rows.append({"metric": "outliers", "value": 1 - float(sums["n"].sum() / sums["all"].sum())})
     return _frame(s, rows, sums, ablation, model)
 
 
@@ -117,26 +123,34 @@ def _given(s: SAE, acts: Tensor | Mapping[str, Tensor]) -> Iterator[tuple[Tensor
 
 def _captured(s: SAE, model: Model, batches: list[list[Any]], context: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     sites, first = list(dict.fromkeys((*s.sites, *s.targets))), 0
-    for batch in batches:
-        tokens = model.tokens(batch, max_length=context, truncate=True)
-        acts = model.capture(tokens, sites)
-        document = torch.arange(first, first + len(batch))[:, None].expand(tokens.mask.shape)[tokens.mask.cpu()]
-        mask = tokens.mask
-        yield s.read(acts)[mask].cpu(), s.read(acts, target=True)[mask].cpu(), document
-        first += len(batch)
+    with bar("reconstructing", total=sum(map(len, batches))) as advance:
+        for batch in batches:
+            tokens = model.tokens(batch, max_length=context, truncate=True)
+            acts = model.capture(tokens, sites)
+            document = torch.arange(first, first + len(batch))[:, None].expand(tokens.mask.shape)[tokens.mask.cpu()]
+            mask = tokens.mask
+            yield s.read(acts)[mask].cpu(), s.read(acts, target=True)[mask].cpu(), document
+            first += len(batch)
+            advance(len(batch))
 
 
 @torch.no_grad()
 def _reconstruction(s: SAE, rows: Iterator[tuple[Tensor, Tensor, Tensor]], fires: Tensor) -> dict[str, Tensor]:
-    """Per document: n, sum_x [d], xx, ee, rr (reconstruction squared), xr, ratio, active."""
+    """Per document: all (tokens), n (those of the kind it was trained on), and of the latter sum_x [d], xx, ee, rr
+    (reconstruction squared), xr, ratio, active."""
     parts: dict[str, list[Tensor]] = {}
     for x, y, document in rows:
         x, y = x.float(), y.double()
         support, values = s.codes(x)
         fires += torch.bincount(support.ids[values > 0], minlength=s.d_sae)
         out = s.reconstruct(x).reshape(y.shape).double()
+        known = s.inside(x)
+        counts = torch.ones(len(y), dtype=torch.float64) if known is None else known.double()
+        if known is not None:
+            y, out = y * counts[:, None], out * counts[:, None]
         per_token = {
-            "n": torch.ones(len(y), dtype=torch.float64),
+            "all": torch.ones(len(y), dtype=torch.float64),
+            "n": counts,
             "sum_x": y,
             "xx": y.square().sum(1),
             "ee": (y - out).square().sum(1),
@@ -156,30 +170,32 @@ def _losses(s: SAE, model: Model, batches: list[list[Any]], context: int, ablati
             mean: Tensor) -> dict[str, Tensor]:  # fmt: skip
     """Per document: predicted tokens, and sums of loss and KL as it is, with the SAE, and with the site ablated."""
     from interp import edits
-    from interp.sae.edits import reconstruction
+    from interp.sae.edits import known, reconstruction
 
     site = str(s.site)
-    off = edits.zero(site)
+    off = edits.zero(site, gate=known(s))
     if ablation == "mean":
         shape = model.capture(batches[0][:1], site)[site].shape[2:]
-        off = edits.mean(site, mean.to(model.dtype).reshape(shape))
+        off = edits.mean(site, mean.to(model.dtype).reshape(shape), gate=known(s))
     parts: dict[str, list[Tensor]] = {}
-    for batch in batches:
-        tokens = model.tokens(batch, max_length=context, truncate=True)
-        real, target = tokens.mask[:, 1:], tokens.ids[:, 1:]
-        runs = {"ce": model(tokens)}
-        for name, edit in (("ce_sae", reconstruction(s)), ("ce_off", off)):
-            with model.intervene(edit):
-                runs[name] = model(tokens)
-        logs = {name: logits[:, :-1].float().log_softmax(-1) for name, logits in runs.items()}
-        values = {"predicted": real.double()}
-        for name, log in logs.items():
-            values[name] = -log.gather(-1, target[..., None])[..., 0].double() * real
-        for name in ("sae", "off"):
-            kl = (logs["ce"].exp() * (logs["ce"] - logs[f"ce_{name}"])).sum(-1)
-            values[f"kl_{name}"] = kl.double() * real
-        for name, value in values.items():
-            parts.setdefault(name, []).append(value.sum(1).cpu())
+    with bar("measuring the loss", total=sum(map(len, batches))) as advance:
+        for batch in batches:
+            tokens = model.tokens(batch, max_length=context, truncate=True)
+            real, target = tokens.mask[:, 1:], tokens.ids[:, 1:]
+            runs = {"ce": model(tokens)}
+            for name, edit in (("ce_sae", reconstruction(s)), ("ce_off", off)):
+                with model.intervene(edit):
+                    runs[name] = model(tokens)
+            logs = {name: logits[:, :-1].float().log_softmax(-1) for name, logits in runs.items()}
+            values = {"predicted": real.double()}
+            for name, log in logs.items():
+                values[name] = -log.gather(-1, target[..., None])[..., 0].double() * real
+            for name in ("sae", "off"):
+                kl = (logs["ce"].exp() * (logs["ce"] - logs[f"ce_{name}"])).sum(-1)
+                values[f"kl_{name}"] = kl.double() * real
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value.sum(1).cpu())
+            advance(len(batch))
     return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
 

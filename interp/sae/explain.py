@@ -183,12 +183,12 @@ def of_expert(m: Model, layer: int, expert: int, *, run: int = 32) -> Module:
 # -- latents, labelled and held to it --------------------------------------------------------------------------
 def label(
     m: Model, s: SAE, latents: Sequence[int], fit: Sequence[str], held_out: Sequence[str], *,
-    backend: Backend = shared_words, seed: int = 0,
+    backend: Backend = shared_words, limit: int = 5000, seed: int = 0,
 ) -> pd.DataFrame:  # fmt: skip
     """Labels of latents, scored on texts that made no label: latent, label, metric, value, baseline.
 
     ``detection`` is the AUROC of the label on held-out texts, ``score`` SASC's; ``baseline="random"`` is as many random
-    words of those texts in place of the label's.
+    words of those texts in place of the label's. At most `limit` n-grams of `fit` are tried on each latent.
     """
     import pandas as pd
 
@@ -197,7 +197,7 @@ def label(
     rows = []
     for latent in latents:
         module = of_latent(m, s, latent)
-        e = explain(module, fit, backend=backend, seed=seed)
+        e = explain(module, fit, backend=backend, limit=limit, seed=seed)
         others = [w for w in vocabulary if w not in e.words]
         words = tuple(draw.sample(others, min(len(others), max(1, len(e.words)))))
         for baseline, said in (("none", e), ("random", Explanation(", ".join(words), words))):

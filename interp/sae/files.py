@@ -5,13 +5,15 @@ codes. What only we have is under ``metadata`` (``interp``: sites, targets, how 
 
 What is lost on the way: batchtopk and matryoshka SAEs are written as jumprelu with their threshold, as SAELens does (a
 code then depends on its token alone, and k is the average of the training), p-annealed ones as standard, and the norms
-of the decoder are in the encoder. A mp SAE is written as matching_pursuit. For topk transcoders, transcoders whose
-encoder does something SAELens does not have, and crosscoders there is no architecture in SAELens: they are written in
-the same form under a name of ours (``interp_...``), which it refuses.
+of the decoder are in the encoder. A mp SAE is written as matching_pursuit. The norm above which no latent fires
+(`SAE.limit`) is among our metadata, and SAELens computes latents there all the same. For topk transcoders, transcoders
+whose encoder does something SAELens does not have, and crosscoders there is no architecture in SAELens: they are
+written in the same form under a name of ours (``interp_...``), which it refuses.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ from interp.bridges import sae_lens as bridge
 from interp.bridges.sae_lens import SAEError
 from interp.sae.autoencoder import SAE
 from interp.sites import SiteError
+from interp.zoo.load import trained_dir
 
 CARD = "card.json"
 #: Ours -> SAELens's, for autoencoders.
@@ -82,7 +85,9 @@ def _form(s: SAE) -> tuple[str, dict[str, Tensor]]:
 
 def _metadata(s: SAE) -> dict[str, Any]:
     given = {k: v for k, v in s.metadata.items() if k != "interp"}
-    about = {"sites": list(s.sites), "targets": list(s.targets)}
+    about: dict[str, Any] = {"sites": list(s.sites), "targets": list(s.targets)}
+    if math.isfinite(s.limit):
+        about["limit"] = s.limit
     try:  # the name by which SAELens would hook it; places that it has no name for keep ours
         hook = {"hook_name": bridge.to_hook_name(s.sites[0])} if s.sites else {}
     except SiteError:
@@ -113,14 +118,25 @@ def card(s: SAE) -> Any:
     return Card("sae", f"{m.get('trained_as', s.arch)} SAE, {where}", fields)
 
 
+def names() -> list[str]:
+    """The SAEs that come with the project, by the names that `load` takes: directories of data/models, sorted."""
+    return sorted(path.parent.name for path in trained_dir().glob(f"*/{bridge.CONFIG}"))
+
+
 def load(dir: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> SAE:
-    """The SAE in a directory that `save` or SAELens has written.
+    """The SAE in a directory that `save` or SAELens has written, or one that comes with the project, by name.
+
+        sae.load("my-sae"); sae.load("sae-smollm2")           # its card: data/models/sae-smollm2/README.md
 
     SAELens's ``rescale_acts_by_decoder_norm`` is folded into the weights: the codes are the same.
 
     Raises SAEError for a directory that is none, or an architecture that is not supported, by name.
     """
     path = Path(dir)
+    if not path.exists():
+        if str(dir) not in names():
+            raise SAEError(f"{dir} is no SAE directory; by name there are {', '.join(names()) or 'none here'}")
+        path = trained_dir() / path
     cfg, found = bridge.read(path, device)
     return from_parts(cfg, found, str(path))
 
@@ -151,12 +167,13 @@ def from_parts(cfg: Mapping[str, Any], found: Mapping[str, Tensor], where: str =
     if normalize not in bridge.NORMALISATIONS:
         raise SAEError(f"{where}: normalize_activations={normalize!r}: fold it into the weights in SAELens, save again")
     metadata = dict(cfg.get("metadata") or {})
+    limit = float((metadata.get("interp") or {}).get("limit", math.inf))
     sites, targets = _sites(metadata)
     k = cfg.get("max_iterations") or ours["decoder"].shape[1] if arch == "mp" else cfg.get("k")
     return SAE(
         **ours, arch=arch, k=None if k is None else min(int(k), len(ours["decoder"])), sites=sites, targets=targets,
         centred=not transcoder and bool(cfg.get("apply_b_dec_to_input", True)), normalize=normalize,
-        tolerance=float(cfg.get("residual_threshold", 1e-2)), metadata=metadata,
+        tolerance=float(cfg.get("residual_threshold", 1e-2)), limit=limit, metadata=metadata,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.progress import bar
 from interp.sae import checkpoint as checkpoints
 from interp.sae.autoencoder import SAE
 from interp.sae.settings import Settings, complete
@@ -204,13 +205,15 @@ def _loop(trainers: list[Trainer], source: Source, batch_size: int, checkpoint: 
         return
     rank, world = _place()
     split = trainers[0].copies > 1  # the tokens; else the latents, or nothing
-    with _bar(progress and rank == 0, steps, first) as advance:
+    shown = bar("training", total=steps) if progress and rank == 0 else nullcontext(lambda n, note: None)
+    with shown as advance:
+        advance(first, _note(trainers[0]))
         for step, batch in zip(range(first, steps), source.batches(batch_size), strict=False):
             part = {site: rows[rank::world] for site, rows in batch.items()} if split else batch
             log = step % log_every == 0 or step + 1 == steps
             for t in trainers:
                 t.step(part, log=log)
-            advance(trainers[0])
+            advance(1, _note(trainers[0]))
             writes = rank == 0 or not split
             if checkpoint is not None and writes and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
                 checkpoints.write(checkpoint, trainers, source)
@@ -223,29 +226,10 @@ def _place() -> tuple[int, int]:
     return 0, 1
 
 
-def _bar(show: bool, steps: int, first: int) -> Any:
-    if not show:
-        return nullcontext(lambda trainer: None)
-    from contextlib import contextmanager
-
-    @contextmanager
-    def bar() -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                   TextColumn("{task.fields[now]}"))  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True)) as shown:
-            task = shown.add_task("training", total=steps, completed=first, now="")
-
-            def advance(t: Trainer) -> None:
-                row = t.rows[-1] if t.rows else None
-                now = f"fvu {row['fvu']:.4f}  l0 {row['l0']:.1f}  dead {row['dead']:.0f}" if row else ""
-                shown.update(task, advance=1, now=now)
-
-            yield advance
-
-    return bar()
+def _note(t: Trainer) -> str:
+    """How it goes: the last row of the metrics, for the bar."""
+    row = t.rows[-1] if t.rows else None
+    return f"fvu {row['fvu']:.4f}  l0 {row['l0']:.1f}  dead {row['dead']:.0f}" if row else ""
 
 
 def _about(source: Source) -> dict[str, Any]:

@@ -192,6 +192,8 @@ class Trainer:
             encoder, b_enc, decoder = encoder * norms[:, None], b_enc * norms, decoder / norms[:, None]
         if s.arch in ("batchtopk", "matryoshka"):
             extra["threshold"] = torch.full((s.d_sae,), self.state.threshold)
+        if self.counts.outliers:
+            extra["limit"] = self.limit
         if "skip" in w:
             extra["skip"] = w["skip"] * (self.scale / self.scale_out)
         if s.arch == "mp":  # tied, so amounts and not atoms take the scale

@@ -7,16 +7,18 @@
         "neurons":  versus.neurons(acts, "mlp_hidden[3]"),    a dense MLP's neurons
     }
     table = versus.compare(codes, x, labels, documents, l0=8)
+    table.attrs["chosen"]["sae"]["law"]                       the latents that tell law best, the best first
+    versus.removal(m, {"sae": s.ablate(best)}, texts)         what each label loses without some of them
 
-Monet (arXiv:2412.04139) claims monosemantic experts without the reconstruction that an SAE pays for. That can be
-measured only on like terms: each kind of feature gives codes [row, feature] of the same tokens, is cut to its `l0`
-largest per token (in units of each feature's own spread), and gets the same probes, linear decoder and
-controls. Features are chosen on one half of the documents and scored on the other.
+`gather` makes such codes text by text. Monet (arXiv:2412.04139) claims monosemantic experts without the reconstruction
+that an SAE pays for. That can be measured only on like terms: each kind of feature gives codes [row, feature] of the
+same tokens, is cut to its `l0` largest per token (in units of each feature's own spread), and gets the same probes,
+linear decoder and controls. Features are chosen on one half of the documents and scored on the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +26,19 @@ from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
 from interp.factored import FactoredExperts
+from interp.progress import bar
 from interp.sae.autoencoder import SAE
 from interp.sae.dark import halves
+from interp.sae.latents import _difference, _nats
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from interp.activations import Activations
+    from interp.model import Model
 
 _RIDGE = 1e-3
+_NAMED = 32  # features of each label that `compare` names
 
 
 # -- codes of one kind of feature ------------------------------------------------------------------------------
@@ -75,14 +81,46 @@ def neurons(acts: Activations, site: str) -> Tensor:
     return acts[site][acts.mask].float().abs()
 
 
+@torch.no_grad()
+def gather(
+    m: Model, texts: Sequence[Any], sites: Any, read: Mapping[str, Callable[[Activations], Tensor]], *,
+    context: int = 128, run: int = 16,
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """What is read from texts, by name [row, ...] for the real tokens, and the number of each row's text [row].
+
+        codes, documents = versus.gather(m, texts, ["resid_post[3]", "expert_weight[3]"], {
+            "sae": lambda acts: versus.latents(s, acts), "experts": lambda acts: versus.routing(acts, 3)})
+
+    Args:
+        m: the model.
+        texts: what it reads.
+        sites: what must be captured for that.
+        read: name -> a function of the activations of some texts.
+        context: tokens per text at most.
+        run: texts per forward pass.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in read}
+    owners = []
+    with bar("reading codes", total=len(texts)) as advance:
+        for first in range(0, len(texts), run):
+            tokens = m.tokens(list(texts[first : first + run]), max_length=context, truncate=True)
+            acts = m.capture(tokens, sites)
+            for name, function in read.items():
+                parts[name].append(function(acts).cpu())
+            owners.append(first + tokens.mask.nonzero()[:, 0].cpu())
+            advance(len(tokens.ids))
+    return {name: torch.cat(pieces) for name, pieces in parts.items()}, torch.cat(owners)
+
+
 # -- the comparison --------------------------------------------------------------------------------------------
 def compare(
     codes: Mapping[str, Tensor],
-    x: Tensor,
+    x: Tensor | Mapping[str, Tensor],
     labels: Sequence[Any],
     documents: Tensor,
     *,
     l0: int | None = None,
+    groups: Sequence[Any] | None = None,
     resamples: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -93,43 +131,62 @@ def compare(
     ``l0`` features per token; ``density`` median share of tokens at which a living feature fires; ``auroc``: for each
     label the one feature that tells its documents best from the others (chosen on the first half), mean over labels;
     ``selectivity``: the share of that feature's mass that lies on its label, labels weighted alike; ``fvu``: of `x`
-    by a ridge regression on the codes (fitted on the first half).
+    by a ridge regression on the codes (fitted on the first half); of several x, ``fvu NAME`` of each.
+
+    ``.attrs["chosen"]`` has by method and label the features that tell it best on the first half, the best first.
 
     Baselines: ``permuted`` gives every token another token's codes, which keeps densities and norms and breaks their
-    meaning; ``random`` takes for each label a random living feature. Intervals: 95 % bootstrap over documents.
+    meaning; ``random`` takes for each label a random living feature. Intervals: 95 % bootstrap over groups.
 
     Args:
         codes: for each kind of feature its codes [row, feature], none negative.
-        x: what is to be reconstructed [row, d].
+        x: what is to be reconstructed [row, d], or several by name.
         labels: label of each document.
         documents: number of each row's document [row], into `labels`.
         l0: features per token for all kinds; by default the smallest mean among them.
+        groups: of each document, where several are passages of one text: they stay in one half, and are drawn together.
         resamples: of the bootstrap.
         seed: of split, permutation and choice.
     """
     import pandas as pd
 
+    aims = {"fvu": x} if isinstance(x, Tensor) else {f"fvu {name}": aim for name, aim in x.items()}
+    n = len(documents)
+    for name, z in (*codes.items(), *aims.items()):
+        if len(z) != n:
+            what = "x" if name in aims else f"codes[{name!r}]"
+            raise SAEError(f"{what}: {len(z)} rows, and there are {n} of documents; one per token")
     for name, z in codes.items():
-        if len(z) != len(x) or len(documents) != len(x):
-            raise SAEError(f"codes[{name!r}]: {len(z)} rows, x has {len(x)}, documents {len(documents)}; one per token")
         if bool((z < 0).any()):
             raise SAEError(f"codes[{name!r}] are negative somewhere; a feature's size is wanted")
     kinds = sorted(set(labels), key=str)
     if len(kinds) < 2:
         raise SAEError(f"labels={kinds}: at least two are needed to tell apart")
     truth = torch.tensor([kinds.index(label) for label in labels])
+    if groups is not None and len(groups) != len(labels):
+        raise SAEError(f"groups: {len(groups)} for {len(labels)} documents; one for each")
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(groups if groups is not None else range(len(labels))))}
+    owner = torch.tensor([numbers[name] for name in (groups if groups is not None else range(len(labels)))])
     k = l0 or max(1, int(min(float((z > 0).float().sum(1).mean()) for z in codes.values())))
-    fit, score = halves(len(x), seed, documents)
-    mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    fit, score = halves(n, seed, owner[documents])
+    mixed = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     rows: list[dict[str, Any]] = []
-    for name, z in codes.items():
-        cut = _cut(z, k, fit)
-        for baseline, used in (("none", cut), ("permuted", cut[mixed]), ("random", cut)):
-            found = _score(used, x, truth, documents, fit, score, len(kinds), baseline, resamples, seed)
-            rows += [{"method": name, "baseline": baseline, "metric": metric, "value": v, "low": low, "high": high}
-                     for metric, (v, low, high) in found.items()]  # fmt: skip
+    chosen: dict[str, dict[str, list[int]]] = {}
+    with bar("comparing features", total=3 * len(codes)) as advance:
+        for name, z in codes.items():
+            cut = _cut(z, k, fit)
+            for baseline, used in (("none", cut), ("permuted", cut[mixed]), ("random", cut)):
+                found, best = _score(
+                    used, aims, truth, documents, owner, fit, score, len(kinds), baseline, resamples, seed
+                )
+                rows += [{"method": name, "baseline": baseline, "metric": metric, "value": v, "low": low, "high": high}
+                         for metric, (v, low, high) in found.items()]  # fmt: skip
+                if baseline == "none":
+                    chosen[name] = dict(zip(map(str, kinds), best, strict=True))
+                advance(1)
     frame = pd.DataFrame(rows)
-    frame.attrs.update({"l0": k, "labels": kinds, "seed": seed, "tokens": len(x), "documents": len(labels)})
+    frame.attrs.update({"l0": k, "labels": kinds, "seed": seed, "tokens": n, "documents": len(labels),
+                        "groups": len(numbers), "chosen": chosen})  # fmt: skip
     return frame
 
 
@@ -151,19 +208,24 @@ def _pooled(z: Tensor, documents: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]
     return total / torch.bincount(inverse).clamp_min(1)[:, None], names
 
 
-def _auroc(values: Tensor, positive: Tensor) -> Tensor:
-    """Chance that a positive is above a negative, ties half, per column [feature]."""
+def _auroc(values: Tensor, kind: Tensor, label: int | None = None, n_labels: int = 1) -> Tensor:
+    """Chance that a row of a label is above another, ties half [label, feature]; or of one label [1, feature]."""
     from scipy.stats import rankdata
 
     ranks = torch.from_numpy(rankdata(values.numpy(), axis=0))
-    n, m = int(positive.sum()), int((~positive).sum())
-    if not n or not m:
-        return torch.full((values.shape[1],), float("nan"), dtype=torch.float64)
-    return (ranks[positive].sum(0) - n * (n + 1) / 2) / (n * m)
+    out = []
+    for i in range(n_labels) if label is None else [label]:
+        positive = kind == i
+        n, m = int(positive.sum()), int((~positive).sum())
+        above = (ranks[positive].sum(0) - n * (n + 1) / 2) / max(1, n * m)
+        out.append(above if n and m else torch.full_like(above, torch.nan))
+    return torch.stack(out)
 
 
-def _score(z: Tensor, x: Tensor, truth: Tensor, documents: Tensor, fit: Tensor, score: Tensor, n_labels: int,
-           baseline: str, resamples: int, seed: int) -> dict[str, tuple[float, float, float]]:  # fmt: skip
+def _score(z: Tensor, aims: Mapping[str, Tensor], truth: Tensor, documents: Tensor, owner: Tensor, fit: Tensor,
+           score: Tensor, n_labels: int, baseline: str, resamples: int, seed: int
+           ) -> tuple[dict[str, tuple[float, float, float]], list[list[int]]]:  # fmt: skip
+    """({metric: (value, low, high)}, the features that tell each label best, the best first)."""
     nan = float("nan")
     fires = (z[score] > 0).double()
     share = fires.mean(0)
@@ -173,42 +235,51 @@ def _score(z: Tensor, x: Tensor, truth: Tensor, documents: Tensor, fit: Tensor, 
     second, held = _pooled(z, documents, score)
     draw = torch.Generator().manual_seed(seed)
     alive = (first.sum(0) > 0).nonzero().squeeze(1)
-    chosen = []
-    for label in range(n_labels):
-        if baseline == "random":
-            chosen.append(int(alive[int(torch.randint(len(alive), (1,), generator=draw))]))
-        else:
-            chosen.append(int(_auroc(first, truth[known] == label).nan_to_num(0.0).argmax()))
+    if baseline == "random":
+        best = alive[torch.randint(len(alive), (n_labels, 1), generator=draw)].tolist()
+    else:
+        telling = _auroc(first, truth[known], n_labels=n_labels).nan_to_num(0.0)
+        best = telling.argsort(dim=1, descending=True)[:, :_NAMED].tolist()
+    chosen = [features[0] for features in best]
     picked, kind = second[:, chosen], truth[held]
+    together = [(owner[held] == group).nonzero().squeeze(1) for group in owner[held].unique()]
 
     def measured(rows: Tensor) -> tuple[float, float]:
         aurocs, shares = [], []
         for label in range(n_labels):
-            positive = kind[rows] == label
-            aurocs.append(_auroc(picked[rows][:, [label]], positive)[0])
+            aurocs.append(_auroc(picked[rows][:, [label]], kind[rows], label)[0, 0])
             means = torch.stack([picked[rows][kind[rows] == other, label].mean() for other in range(n_labels)])
             shares.append(means[label] / means.nansum().clamp_min(1e-12))
         return float(torch.stack(aurocs).nanmean()), float(torch.stack(shares).nanmean())
 
     point = measured(torch.arange(len(held)))
-    spread = torch.tensor([measured(torch.randint(len(held), (len(held),), generator=draw)) for _ in range(resamples)])
+    draws = [torch.randint(len(together), (len(together),), generator=draw).tolist() for _ in range(resamples)]
+    spread = torch.tensor([measured(torch.cat([together[group] for group in drawn])) for drawn in draws])
     for i, metric in enumerate(("auroc", "selectivity")):
         low, high = spread[:, i].nanquantile(torch.tensor([0.025, 0.975])).tolist() if resamples else (nan, nan)
         out[metric] = (point[i], low, high)
     if baseline != "random":  # the decoder reads all features: nothing is chosen
-        out["fvu"] = _decoded(z, x, documents, fit, score, resamples, draw)
-    return out
+        out |= _decoded(z, aims, owner[documents], fit, score, resamples, draw)
+    return out, best
 
 
-def _decoded(z: Tensor, x: Tensor, documents: Tensor, fit: Tensor, score: Tensor, resamples: int,
-             draw: torch.Generator) -> tuple[float, float, float]:  # fmt: skip
-    a, b = z[fit].double(), x[fit].double()
-    ma, mb = a.mean(0), b.mean(0)
+def _decoded(z: Tensor, aims: Mapping[str, Tensor], groups: Tensor, fit: Tensor, score: Tensor, resamples: int,
+             draw: torch.Generator) -> dict[str, tuple[float, float, float]]:  # fmt: skip
+    """Of each aim the fraction of variance that a ridge regression on the codes leaves over."""
+    a, y = z[fit].double(), torch.cat([x.double() for x in aims.values()], 1)
+    ma, mb = a.mean(0), y[fit].mean(0)
     gram = (a - ma).T @ (a - ma)
     gram.diagonal().add_(_RIDGE * len(fit) * (a.square().mean()).clamp_min(1e-12))
-    weights = torch.linalg.solve(gram, (a - ma).T @ (b - mb))
-    made, y = (z[score].double() - ma) @ weights + mb, x[score].double()
-    names, owner = documents[score].unique(return_inverse=True)
+    weights = torch.linalg.solve(gram, (a - ma).T @ (y[fit] - mb))
+    made = (z[score].double() - ma) @ weights + mb
+    widths = [x.shape[1] for x in aims.values()]
+    parts = zip(aims, y[score].split(widths, 1), made.split(widths, 1), strict=True)
+    return {name: _unexplained(of, by, groups[score], resamples, draw) for name, of, by in parts}
+
+
+def _unexplained(y: Tensor, made: Tensor, groups: Tensor, resamples: int,
+                 draw: torch.Generator) -> tuple[float, float, float]:  # fmt: skip
+    names, owner = groups.unique(return_inverse=True)
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
     sums[:, 0].index_add_(0, owner, (y - made).square().sum(1))
     sums[:, 1].index_add_(0, owner, (y - y.mean(0)).square().sum(1))
@@ -218,3 +289,45 @@ def _decoded(z: Tensor, x: Tensor, documents: Tensor, fit: Tensor, score: Tensor
     drawn = sums[torch.randint(len(names), (resamples, len(names)), generator=draw)].sum(1)
     low, high = (drawn[:, 0] / drawn[:, 1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return value, low, high
+
+
+# -- taking features away --------------------------------------------------------------------------------------
+def removal(
+    m: Model, off: Mapping[str, Any], texts: Mapping[str, Sequence[Any]], *, context: int = 128,
+    run: int = 8, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """What each label's texts lose when features are off: method, label, metric (ce), before, value, low, high.
+
+    ``value`` is the change of the loss in nats per predicted token, with a 95 % bootstrap over texts. Features of one
+    meaning cost their own label much and the others little; random features of the same kind, given as a method of
+    their own, tell what any would cost.
+
+    Args:
+        m: the model.
+        off: name -> what `Model.intervene` takes (an edit, `experts.ablate(...)`), or a list of such.
+        texts: label -> texts on which no feature was chosen.
+        context: tokens per text at most.
+        run: texts per forward pass.
+        seed: of the bootstrap.
+    """
+    import pandas as pd
+
+    rows = []
+    with bar("switching features off", total=(1 + len(off)) * len(texts)) as advance:
+        clean = {}
+        for label, given in texts.items():
+            clean[label] = _nats(m, given, context, run)
+            advance(1)
+        for name, edit in off.items():
+            edits = edit if isinstance(edit, list | tuple) else [edit]
+            for label, given in texts.items():
+                with m.intervene(*edits):
+                    after = _nats(m, given, context, run)
+                value, low, high = _difference(clean[label], after, seed)
+                before = float(clean[label][:, 0].sum() / clean[label][:, 1].sum())
+                rows.append({"method": name, "label": label, "metric": "ce", "before": before, "value": value,
+                             "low": low, "high": high})  # fmt: skip
+                advance(1)
+    frame = pd.DataFrame(rows)
+    frame.attrs.update({"model": m.name, "context": context, "seed": seed})
+    return frame

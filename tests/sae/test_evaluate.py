@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import interp
-from interp import sae
+from interp import progress, sae
+from interp.sae.edits import reconstruction
 
 IDS = torch.randint(0, 100, (12, 9), generator=torch.Generator().manual_seed(0))
 SITE = "resid_post[1]"
@@ -47,6 +49,44 @@ def test_the_mean_explains_nothing_and_the_identity_everything() -> None:
     assert exact["norm_ratio"] == pytest.approx(1)
     assert exact["gamma"] == pytest.approx(1)
     assert exact["l0"] == 10
+
+
+def test_tokens_unlike_any_it_was_trained_on_stay_as_they_are(m: interp.Model) -> None:
+    """Attention sinks have norms a hundred times the others': they would be all there is in a sum of squares."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 6, generator=g)
+    some = sae.SAE(torch.eye(6), torch.zeros(6), torch.eye(6), torch.zeros(6), sites=(SITE,), targets=(SITE,), limit=9)
+    sinks = torch.cat([x, 1000 * x[:200]])
+    with_them, without = (values(sae.evaluate(some, acts=rows, resamples=0)) for rows in (sinks, x))
+    assert with_them.pop("outliers") == pytest.approx(1 / 4)
+    assert without.pop("outliers") == 0
+    assert with_them == pytest.approx(without)
+
+    acts = m.capture(IDS, SITE)[SITE]
+    norms = acts.norm(dim=-1)
+    limit = float(norms.median())
+    s = replace(constant(torch.zeros(32)), limit=limit)
+    with m.intervene(reconstruction(s)):
+        after = m.capture(IDS, SITE)[SITE]
+    assert torch.equal(after[norms > limit], acts[norms > limit])
+    assert not after[norms <= limit].any()
+    found = values(sae.evaluate(s, m, IDS.tolist(), resamples=0))
+    assert found["ce_recovered"] == pytest.approx(0, abs=1e-4)  # zero in both, at the same tokens
+    assert found["outliers"] == pytest.approx(float((norms > limit).float().mean()))
+
+
+def test_long_work_shows_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], m: interp.Model
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setenv(progress.VARIABLE, "1")
+    sae.evaluate(identity(32), m, IDS.tolist(), resamples=0)
+    sae.train(torch.randn(256, 6), d_sae=12, k=2, batch_size=64, tokens=256)
+    shown = capfd.readouterr().err
+    for word in ("reconstructing", "measuring the loss", "12/12", "training", "4/4", "fvu"):
+        assert word in shown
+    sae.train(torch.randn(256, 6), d_sae=12, k=2, batch_size=64, tokens=256, progress=False)
+    assert "training" not in capfd.readouterr().err
 
 
 def test_shrinkage_is_seen() -> None:

@@ -136,3 +136,14 @@ def test_what_is_no_sae_is_refused_by_name(tmp_path: Path) -> None:
         made("standard").encode(torch.randn(3, 15))
     with pytest.raises(sae.SAEError, match=r"threshold: expected \[24\]"):
         sae.SAE(*(getattr(made("standard"), n) for n in ("decoder", "b_dec", "encoder", "b_enc")), arch="jumprelu")
+
+
+def test_the_limit_of_its_training_stays_with_it(tmp_path: Path) -> None:
+    ours = sae.SAE(torch.eye(D), torch.zeros(D), torch.eye(D), torch.zeros(D), limit=3.5)
+    assert sae.load(ours.save(tmp_path / "a")).limit == 3.5
+    assert sae.load(made("standard").save(tmp_path / "b")).limit == float("inf")
+
+
+def test_what_is_no_directory_is_a_name() -> None:
+    with pytest.raises(sae.SAEError, match="gone is no SAE directory"):
+        sae.load("gone")

@@ -95,6 +95,11 @@ def test_outliers_are_left_out_and_counted(data: Planted) -> None:
     clean = sae.train(data.x, arch="topk", d_sae=32, k=3, tokens=len(x), lr=1e-2, **QUIET)
     assert clean.metadata["outlier_tokens"] == 0
     assert fvu(s, data.x) < 1.5 * fvu(clean, data.x)
+    assert clean.limit == float("inf")
+    assert (s.encode(x) > 0).any(1).sum() > 0.9 * 63 / 64 * len(x)
+    assert not s.encode(x)[::64].any()  # it never saw such tokens, so it says nothing about them
+    support, values = s.codes(x)
+    assert torch.allclose(support.scatter(values), s.encode(x), atol=1e-5)
 
 
 def test_a_killed_run_ends_as_an_unbroken_one(data: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,60 @@ def test_monets_experts_are_named() -> None:
         versus.routing(acts, 1)
 
 
+def test_the_best_features_are_named_and_each_aim_has_its_number() -> None:
+    codes, x, labels, documents = features()
+    table = versus.compare(codes, {"a": x, "b": 3 * x}, labels, documents, l0=2, resamples=0)
+    pure = table.attrs["chosen"]["pure"]
+    assert [pure[label][0] for label in ("law", "code", "bio")] == [0, 1, 2]
+    at = table.set_index(["method", "baseline", "metric"]).value
+    assert at["pure", "none", "fvu a"] == pytest.approx(at["pure", "none", "fvu b"], abs=1e-6)
+    alone = versus.compare(codes, x, labels, documents, l0=2, resamples=0).set_index(["method", "baseline", "metric"])
+    assert alone.value["pure", "none", "fvu"] == pytest.approx(at["pure", "none", "fvu a"], abs=1e-9)
+
+
+def test_passages_of_one_text_stay_together() -> None:
+    """A feature that knows each text by heart, and nothing of labels, tells them only where texts are torn apart."""
+    g = torch.Generator().manual_seed(0)
+    texts, per = 24, 8
+    labels = [("law", "code")[i % 2] for i in range(texts) for _ in range(per)]
+    owner = torch.arange(texts).repeat_interleave(per)
+    z = torch.nn.functional.one_hot(owner, texts).float() + 0.01 * torch.rand(len(owner), texts, generator=g)
+    table = {
+        name: versus.compare({"by heart": z}, z, labels, torch.arange(len(owner)), l0=1, resamples=20, groups=groups)
+        for name, groups in (("torn", None), ("whole", owner.tolist()))
+    }
+    unexplained = {n: t[(t.metric == "fvu") & (t.baseline == "none")].value.item() for n, t in table.items()}
+    assert unexplained["torn"] < 0.3
+    assert unexplained["whole"] > 0.9
+    assert table["whole"].attrs["groups"] == texts
+    with pytest.raises(sae.SAEError, match="groups: 2 for"):
+        versus.compare({"by heart": z}, z, labels, torch.arange(len(owner)), groups=[0, 1])
+
+
+def test_codes_are_gathered_text_by_text_and_removal_is_the_change_of_the_loss() -> None:
+    from interp import edits
+
+    m = interp.load("tiny:olmoe")
+    ids = torch.randint(4, 100, (5, 7), generator=torch.Generator().manual_seed(0))
+    texts = [row[: 3 + i].tolist() for i, row in enumerate(ids)]
+    read = {"routing": lambda acts: versus.routing(acts, 1), "x": lambda acts: acts["resid_post[1]"][acts.mask]}
+    found, documents = versus.gather(m, texts, ["resid_post[1]", "expert_weight[1]"], read, run=2)
+    assert documents.tolist() == [i for i, text in enumerate(texts) for _ in text]
+    alone = m.capture([texts[3]], "resid_post[1]")["resid_post[1]"][0]
+    torch.testing.assert_close(found["x"][documents == 3], alone, atol=1e-5, rtol=1e-4)
+    assert found["routing"].shape == (len(documents), m.n_experts)
+
+    off = {"nothing": edits.scale("resid_post[1]", 1.0), "everything": [edits.zero("resid_post[1]")]}
+    table = versus.removal(m, off, {"a": texts[:2], "b": texts[2:]}).set_index(["method", "label"])
+    assert table.value["nothing"].abs().max() < 1e-6
+    with m.intervene(edits.zero("resid_post[1]")):
+        after = m(ids[2:3, :5])[0, :-1].log_softmax(-1)
+    before = m(ids[2:3, :5])[0, :-1].log_softmax(-1)
+    one = versus.removal(m, off, {"c": [texts[2]]}).set_index(["method"]).value["everything"]
+    at = ids[2, 1:5, None]
+    assert one == pytest.approx(float((before - after).gather(1, at).mean()), abs=1e-4)
+
+
 def test_bad_codes_are_refused() -> None:
     codes, x, labels, documents = features()
     with pytest.raises(sae.SAEError, match="negative"):
