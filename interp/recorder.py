@@ -69,11 +69,11 @@ class Recorder:
             kept = kept.clone()
         elif any(not wanted.index for wanted in here):
             self._watch.append((site, h, h._version))
-        mask = clock.cut(columns.mask, h.shape[1]).to(h.device) if site.kind.routed else None
         for wanted in here:
             part = kept
             if wanted.index:
                 now = kept if twin is None else twin
+                mask = clock.cut(columns.mask, h.shape[1]).to(h.device) if site.kind.routed else None
                 part = pick(now, wanted, self._ids.get(site.layer), mask)
                 if self.grad and part.requires_grad:  # the model goes on with the part that is kept
                     twin = put(now, wanted, part, self._ids.get(site.layer), mask)

@@ -10,7 +10,7 @@ A module that is not tapped goes straight through, and outside our contexts the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -134,9 +134,9 @@ def _swap(tap: Tap | None, tensor: Tensor) -> Tensor:
     )  # goes on from the view that was read, so that gradients reach it
 
 
-def configs_of(hf: nn.Module, attribute: str) -> list[Any]:
-    """Every configuration object in use by a module of the model that carries `attribute`, once each."""
-    found = {id(c): c for m in hf.modules() if (c := vars(m).get("config")) is not None}
+def configs_of(modules: Iterable[nn.Module], attribute: str) -> list[Any]:
+    """Every configuration object in use by one of the modules that carries `attribute`, once each."""
+    found = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}
     return [c for c in found.values() if hasattr(c, attribute)]
 
 
@@ -148,7 +148,7 @@ def implementation(hf: nn.Module, *, eager: bool = False) -> Iterator[None]:
 
     attribute = "_attn_implementation_internal"
     with ExitStack() as stack:
-        for config in configs_of(hf, attribute):
+        for config in configs_of(hf.modules(), attribute):
             base = "eager" if eager else str(original(config, attribute) or "eager")
             if base not in ALL_MASK_ATTENTION_FUNCTIONS:
                 continue

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ from interp.hooks.tap import Tap
 #: By how much a forced expert's logit exceeds the largest finite one.
 MARGIN = 0.01
 _TOPK = {torch.topk, Tensor.topk}
+#: Routers that were seen to return the very logits they chose by: which part of the output these are.
+_returned: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 Tapping = Callable[[Place, Tap], list[Any]]
 
 
@@ -45,6 +48,7 @@ class ChoiceMode(TorchFunctionMode):
     def __init__(self, tap: Tap | None, n_experts: int) -> None:
         super().__init__()
         self.tap, self.n_experts = tap, n_experts
+        self.made: Tensor | None = None
         self.absent: Tensor | None = None
         self.certain: Tensor | None = None
 
@@ -54,7 +58,7 @@ class ChoiceMode(TorchFunctionMode):
             return self._choose(func, args, kwargs)
         out = func(*args, **kwargs)
         if self.tap is not None and func in LINEAR and isinstance(out, Tensor) and out.shape[-1] == self.n_experts:
-            tap, self.tap = self.tap, None
+            tap, self.tap, self.made = self.tap, None, out
             given = tap.framed(out)
             return self.heed(given) if tap.edits else given
         return out
@@ -93,13 +97,45 @@ class ChoiceMode(TorchFunctionMode):
         return None
 
 
+class Router(Watched):
+    """Watches a router that both makes the logits and chooses by them.
+
+    A mode is asked about every operation, which costs more than reading does. Many routers return the very tensor that
+    they chose by; where one was seen to do so, logits that nobody writes to are from then on read where it ends.
+    """
+
+    def __init__(self, place: Place, tap: Tap, n_experts: int) -> None:
+        self.module, self.tap = place.module, tap
+        super().__init__(place.module, lambda: ChoiceMode(tap, n_experts))
+
+    @property
+    def _reads(self) -> bool:
+        """True if logits are only looked at; a reader under gradients may put a twin in their place."""
+        return not (self.tap.edits or self.tap.splice or self.module.training or torch.is_grad_enabled())
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if module not in _returned or not self._reads:
+            super()._enter(module, args)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.stack:
+            made = self.stack[-1].made
+            super()._leave(module, args, output)
+            if self._reads and made is not None and not made.is_inference() and made._version == 0:
+                for i, part in enumerate(output if isinstance(output, tuple) else ()):
+                    if part is made:
+                        _returned[module] = i
+        elif isinstance(output, tuple):  # None where an error is on its way out
+            self.tap.framed(output[_returned[module]])
+
+
 def place_tap(place: Place, tap: Tap, n_experts: int, at_boundary: Tapping) -> list[Any]:
     """Hooks for a tap on router logits; `at_boundary` taps a router that is a plain linear.
 
     A plain linear is read where it ends. To write there takes more: the choice is made by the module around it.
     """
     if place.how == "router":
-        return [Watched(place.module, lambda: ChoiceMode(tap, n_experts))]
+        return [Router(place, tap, n_experts)]
     handles = at_boundary(place, tap)
     if place.other is None or not tap.edits:
         return handles

@@ -13,7 +13,7 @@ next to nothing. Only when the experts' insides are wanted does it compute them 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -53,9 +53,10 @@ def _mix(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, *args:
             f"{type(module).__name__} was given {ids.shape[0]} rows for {frame[0]} x {frame[1]} tokens; "
             "interp needs one row per token"
         )
-    if "expert_ids" in taps:
-        ids = taps["expert_ids"](ids.unflatten(0, frame)).flatten(0, 1)
     chosen = ids.unflatten(0, frame)
+    if "expert_ids" in taps:
+        chosen = taps["expert_ids"](chosen)
+        ids = chosen.flatten(0, 1)
     if "expert_weight" in taps:
         weights = by_choice(taps["expert_weight"], weights.unflatten(0, frame), chosen).flatten(0, 1)
     if not taps.keys() & {"expert_hidden", "expert_out"}:
@@ -132,24 +133,24 @@ def sizes(module: Any) -> dict[str, int]:
 
 
 @contextmanager
-def implementation(hf: nn.Module) -> Iterator[None]:
-    """Puts our function in the place of each config's experts implementation, and back."""
+def implementation(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts our function in the place of the experts implementation that these modules look up, and back."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if NAME not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(NAME, _mix)
     with ExitStack() as stack:
-        for config in configs_of(hf, ATTRIBUTE):
+        for config in configs_of(modules, ATTRIBUTE):
             stack.enter_context(lent(config, ATTRIBUTE, NAME))
         yield
 
 
 @contextmanager
-def tapped(hf: nn.Module, taps: dict[nn.Module, dict[str, Tap]]) -> Iterator[None]:
+def tapped(taps: dict[nn.Module, dict[str, Tap]]) -> Iterator[None]:
     """Puts taps on experts modules. `taps`: module -> {site name: tap}."""
     try:
         _live.update({id(m): t for m, t in taps.items()})
-        with implementation(hf):
+        with implementation(taps):
             yield
     finally:
         for module in taps:
@@ -163,7 +164,7 @@ def observed(hf: nn.Module) -> Iterator[dict[int, dict[str, int]]]:
     modules = [m for m in hf.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
     try:
         _observers.update({id(m): seen for m in modules})
-        with implementation(hf):
+        with implementation(modules):
             yield seen
     finally:
         for module in modules:

@@ -60,7 +60,7 @@ def install(hf: nn.Module, anatomy: Anatomy, taps: dict[Site, Tap], clock: Clock
         if attending:
             stack.enter_context(attention.tapped(hf, attending))
         if routed:
-            stack.enter_context(experts.tapped(hf, routed))
+            stack.enter_context(experts.tapped(routed))
         yield
 
 

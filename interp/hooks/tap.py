@@ -207,5 +207,7 @@ class Tap:
         """The same for modules that see tokens flattened [batch * pos, ...]."""
         batch, width = self.clock.shape
         if h.dim() == 2 and h.shape[0] == batch * width and len(self.site.kind.axes) == 3:
-            return self(h.unflatten(0, (batch, width))).flatten(0, 1)
+            seen = h.unflatten(0, (batch, width))
+            given = self(seen)  # under gradients the model goes on from the view that was read, so that they reach it
+            return h if given is seen and not given.requires_grad else given.flatten(0, 1)
         return self(h)
