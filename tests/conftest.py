@@ -30,11 +30,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file's tests stay on one worker, so that a real model is loaded once there; each notebook goes its own way."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # it would put files of few tests last, and those are the long ones
+
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return nodeid if "test_notebooks.py" in nodeid else super()._split_scope(nodeid)
 
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that no worker is left with it in the end: notebooks, papers, the rest."""
+    items.sort(key=lambda item: ("test_notebooks" not in item.nodeid, "/papers/" not in item.nodeid))
 
 
 @pytest.fixture(autouse=True)

@@ -24,10 +24,10 @@ def test_planted_gradients_score_one_and_zero():
 
 
 def test_random_concepts_are_significant_no_more_often_than_stated():
-    """At the 5 % level at most 8 % of 200; the test over runs, as published, is far above that."""
+    """At the 5 % level at most 8 % of 100; the test over runs, as published, is far above that."""
     rng = np.random.default_rng(0)
     mine = published = 0
-    for seed in range(200):
+    for seed in range(100):
         random = rng.normal(size=(160, 6)).astype(np.float32)
         slopes = rng.normal(size=(30, 6)) + 0.7  # inputs agree somewhat, so scores vary widely with the direction
         concept = rng.normal(size=(20, 6)).astype(np.float32)
@@ -35,7 +35,7 @@ def test_random_concepts_are_significant_no_more_often_than_stated():
         if seed < 20:
             other = from_features(slopes, concept, random, runs=8, random_sets=6, seed=seed)
             published += ttest_ind(other.scores, other.random, equal_var=False).pvalue < 0.05
-    assert mine <= 16
+    assert mine <= 8
     assert published > 4
 
 
