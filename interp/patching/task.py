@@ -164,5 +164,5 @@ def without_flash(m: Model) -> Iterator[str]:
 def _restore(m: Model, name: str) -> None:
     from interp.hooks.attention import configs_of
 
-    for config in configs_of(m.hf, "_attn_implementation_internal"):
+    for config in configs_of(m.hf.modules(), "_attn_implementation_internal"):
         config._attn_implementation_internal = name
