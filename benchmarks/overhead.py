@@ -1,4 +1,5 @@
-"""What reading costs whatever the model's size: all residual streams of 30 narrow layers, in milliseconds a pass.
+"""What reading costs whatever the model's size, in milliseconds a pass: all residual streams of 30 narrow layers, and
+the routing of 16 narrow Mixture-of-Experts layers.
 
     python benchmarks/overhead.py
 
@@ -23,8 +24,17 @@ ROUNDS = 100
 
 def main() -> None:
     torch.set_num_threads(1)
-    narrow = {"num_hidden_layers": 30, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    m = interp.load("tiny:llama", num_attention_heads=4, num_key_value_heads=2, **narrow)
+    narrow = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = interp.load("tiny:llama", num_hidden_layers=30, intermediate_size=128, head_dim=16, **narrow)
+    moe = interp.load("tiny:olmoe", num_hidden_layers=16, intermediate_size=32, num_experts=64, num_experts_per_tok=8,
+                      **narrow)
+    compare("all residual streams, 30 layers", dense, ["resid_post[*]"], lambda layer: layer)
+    compare("routing, 16 layers", moe, ["router_logits[*]", "expert_ids[*]", "expert_weight[*]"],
+            lambda layer: layer.mlp.gate)
+
+
+def compare(title: str, m: interp.Model, sites: list[str], place: Callable[[Any], Any]) -> None:
+    """Prints what each way of reading adds to a plain pass; `place` is the module of a layer whose output says as much."""
     ids = torch.randint(0, 50, (1, 32))
     traced = m.nnsight()
 
@@ -34,7 +44,7 @@ def main() -> None:
 
     def bare() -> None:
         kept: list[Any] = []
-        handles = [la.register_forward_hook(lambda mod, args, out: kept.append(out)) for la in m.hf.model.layers]
+        handles = [place(la).register_forward_hook(lambda mod, args, out: kept.append(out)) for la in m.hf.model.layers]
         plain()
         for handle in handles:
             handle.remove()
@@ -43,12 +53,12 @@ def main() -> None:
     def nnsight() -> None:
         with traced.trace(ids):
             for layer in traced.model.layers:
-                layer.output.save()
+                place(layer).output.save()
 
     methods: dict[str, Callable[[], Any]] = {
         "plain": plain,
-        "interp": lambda: m.capture(ids, "resid_post[*]", logits=True),
-        "interp, check=False": lambda: m.capture(ids, "resid_post[*]", logits=True, check=False),
+        "interp": lambda: m.capture(ids, sites, logits=True),
+        "interp, check=False": lambda: m.capture(ids, sites, logits=True, check=False),
         "bare hooks": bare,
         "nnsight": nnsight,
     }
@@ -60,9 +70,10 @@ def main() -> None:
             if round_ >= 2:
                 times[name].append(1e3 * (time.perf_counter() - start))
     base = statistics.median(times["plain"])
+    print(title)
     for name, values in times.items():
         middle = statistics.median(values)
-        print(f"{name:20s} {middle:6.1f} ms  {middle - base:+5.1f}")
+        print(f"  {name:20s} {middle:6.1f} ms  {middle - base:+5.1f}")
 
 
 if __name__ == "__main__":
