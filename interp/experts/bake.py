@@ -26,6 +26,7 @@ from interp.experts.evaluate import switched_off
 from interp.experts.sets import ExpertSet
 from interp.experts.surgery import operated
 from interp.experts.units import ExpertError
+from interp.progress import bar
 from interp.version import __version__
 
 How = Literal["auto", "weights", "smaller"]
@@ -74,29 +75,33 @@ def resect(
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        probe = _probe(model)
-        off = ablation.mode == "zero"
-        with switched_off(model, ablation.chosen) if off else model.intervene(ablation):
-            wanted = model(probe)
-        if cut:
-            smaller.cut(model, ablation.chosen).save_pretrained(fresh)
-        elif ablation.chosen.kind == "monet":
-            with switched_off(model, ablation.chosen):
-                model.hf.save_pretrained(fresh)
-        else:
-            with model.intervene(ablation):
-                rerouted = _routing(model, ablation, probe)
-            with operated(model, ablation):
-                _same(rerouted, _routing(model, ablation, probe), model)
-                model.hf.save_pretrained(fresh)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(fresh)
-        error = _parity(fresh, probe, wanted, model)
-        ablation.chosen.save(fresh / "experts.json")
-        done = _DONE["smaller" if cut else "monet" if ablation.chosen.kind == "monet" else ablation.mode]
-        card = _card(model, ablation, done, error, evaluation, description)
-        card.save(fresh / "card.json")
-        card.save(fresh / "README.md")
+        with bar("resecting: measuring, writing, comparing", 3) as advance:
+            probe = _probe(model)
+            off = ablation.mode == "zero"
+            with switched_off(model, ablation.chosen) if off else model.intervene(ablation):
+                wanted = model(probe)
+            advance()
+            if cut:
+                smaller.cut(model, ablation.chosen).save_pretrained(fresh)
+            elif ablation.chosen.kind == "monet":
+                with switched_off(model, ablation.chosen):
+                    model.hf.save_pretrained(fresh)
+            else:
+                with model.intervene(ablation):
+                    rerouted = _routing(model, ablation, probe)
+                with operated(model, ablation):
+                    _same(rerouted, _routing(model, ablation, probe), model)
+                    model.hf.save_pretrained(fresh)
+            advance()
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(fresh)
+            error = _parity(fresh, probe, wanted, model)
+            advance()
+            ablation.chosen.save(fresh / "experts.json")
+            done = _DONE["smaller" if cut else "monet" if ablation.chosen.kind == "monet" else ablation.mode]
+            card = _card(model, ablation, done, error, evaluation, description)
+            card.save(fresh / "card.json")
+            card.save(fresh / "README.md")
         fresh.chmod(0o755)
         if target.exists():
             target.rmdir()

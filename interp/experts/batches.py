@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interp.activations import Tokens
 from interp.experts.units import ExpertError
+from interp.progress import bar
 
 Labelled = Mapping[str, Sequence[str]]
 
@@ -56,26 +57,35 @@ class Corpus:
     def n_tokens(self) -> int:
         return sum(len(w.ids) for w in self.windows)
 
+    @property
+    def present(self) -> list[str]:
+        """The labels that have windows: all, unless this is what `only` left."""
+        there = {w.label for w in self.windows}
+        return [label for number, label in enumerate(self.labels) if number in there]
+
     def only(self, labels: Sequence[str]) -> Corpus:
         """The windows of some labels; labels and documents keep their numbers."""
         wanted = {self.labels.index(label) for label in labels}
         return Corpus(self.labels, [w for w in self.windows if w.label in wanted], self.documents)
 
-    def batches(self, model: Any, batch_tokens: int = 4096) -> Iterator[Batch]:
-        """All windows, longest first, in batches of about `batch_tokens` tokens with padding."""
+    def batches(self, model: Any, batch_tokens: int = 4096, what: str = "running texts") -> Iterator[Batch]:
+        """All windows, longest first, in batches of about `batch_tokens` tokens with padding; under a bar that says
+        `what`."""
         order = sorted(self.windows, key=lambda w: -len(w.ids))
         start = 0
-        while start < len(order):
-            width = len(order[start].ids)
-            rows = order[start : start + max(1, batch_tokens // width)]
-            start += len(rows)
-            ids = torch.zeros(len(rows), width, dtype=torch.long)
-            mask = torch.zeros(len(rows), width, dtype=torch.bool)
-            for i, window in enumerate(rows):
-                ids[i, : len(window.ids)] = torch.tensor(window.ids)
-                mask[i, : len(window.ids)] = True
-            tokens = Tokens(ids, mask).to(model.device)
-            yield Batch(tokens, torch.tensor([w.label for w in rows]), torch.tensor([w.document for w in rows]))
+        with bar(what, len(order)) as advance:
+            while start < len(order):
+                width = len(order[start].ids)
+                rows = order[start : start + max(1, batch_tokens // width)]
+                start += len(rows)
+                ids = torch.zeros(len(rows), width, dtype=torch.long)
+                mask = torch.zeros(len(rows), width, dtype=torch.bool)
+                for i, window in enumerate(rows):
+                    ids[i, : len(window.ids)] = torch.tensor(window.ids)
+                    mask[i, : len(window.ids)] = True
+                tokens = Tokens(ids, mask).to(model.device)
+                yield Batch(tokens, torch.tensor([w.label for w in rows]), torch.tensor([w.document for w in rows]))
+                advance(len(rows))
 
 
 def corpus(model: Any, texts: Labelled | Corpus, max_tokens: int | None = None, context: int | None = None) -> Corpus:

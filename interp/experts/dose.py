@@ -21,6 +21,7 @@ from interp.experts.select import select
 from interp.experts.sets import ExpertSet
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
+from interp.progress import bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,22 +72,24 @@ def dose(
     data = corpus(model, texts, max_tokens)
     if label not in data.labels:
         raise ExpertError(f"texts: no text for {label!r}; it has {', '.join(data.labels)}")
-    before = losses(model, data, batch_tokens=batch_tokens)
     how: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed}
-    dense = _Dense(neurons, texts, max_tokens, batch_tokens) if neurons is not None else None
     parts = []
-    for size in sizes:
-        chosen = select(ranking if ranking is not None else stats, label, rule, **(settings or {}), total=size)
-        table = evaluate(model, chosen, data, controls=controls, stats=stats, before=before, **how)
-        rows = [table]
-        if neutral is not None:
-            rows.append(_neutral(model, chosen, neutral, max_tokens, seed))
-        if dense is not None:
-            width = per_expert or _width(model)
-            rows.append(dense.table(label, rule, settings, width * len(chosen), how))
-        part = pd.concat(rows, ignore_index=True)
-        part.insert(0, "size", size)
-        parts.append(part)
+    with bar("removing more and more", len(sizes)) as advance:
+        before = losses(model, data, batch_tokens=batch_tokens)
+        dense = _Dense(neurons, texts, max_tokens, batch_tokens) if neurons is not None else None
+        for size in sizes:
+            chosen = select(ranking if ranking is not None else stats, label, rule, **(settings or {}), total=size)
+            table = evaluate(model, chosen, data, controls=controls, stats=stats, before=before, **how)
+            rows = [table]
+            if neutral is not None:
+                rows.append(_neutral(model, chosen, neutral, max_tokens, seed))
+            if dense is not None:
+                width = per_expert or _width(model)
+                rows.append(dense.table(label, rule, settings, width * len(chosen), how))
+            part = pd.concat(rows, ignore_index=True)
+            part.insert(0, "size", size)
+            parts.append(part)
+            advance()
     frame = pd.concat(parts, ignore_index=True)
     frame.attrs.update({
         "model": model.name, "fingerprint": stats.fingerprint, "label": label, "rule": rule, "controls": controls,

@@ -20,6 +20,7 @@ from interp.experts.losses import METRICS, Losses, change, losses, metric
 from interp.experts.sets import ExpertSet
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
+from interp.progress import Advance, bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,24 +73,27 @@ def evaluate(
     if controls < 0:
         raise ExpertError(f"controls={controls}: expected 0 or more")
     data = corpus(model, texts, max_tokens)
-    before = before or losses(model, data, batch_tokens=batch_tokens)
-    with switched_off(model, chosen):
-        after = losses(model, data, batch_tokens=batch_tokens)
     rows: list[dict[str, Any]] = []
-    for label in data.labels:
-        for name, numbers in change(before, after, label, seed=seed).items():
-            rows.append({"label": label, "metric": name, "baseline": "none", **numbers, "units": len(chosen)})
     about: dict[str, Any] = {
         "model": model.name,
         "fingerprint": chosen.fingerprint,
         "chosen": chosen.record,
         "seed": seed,
     }
-    if controls and len(chosen):
-        stats = stats or routing(model, data, kind=chosen.kind)
-        part = data if scored == "all" else data.only([scored])
-        labels = data.labels if scored == "all" else [scored]
-        rows += _controls(model, chosen, part, labels, before, stats, controls, batch_tokens, seed, about)
+    with bar("evaluating", 2 + controls) as advance:
+        before = before or losses(model, data, batch_tokens=batch_tokens)
+        advance()
+        with switched_off(model, chosen):
+            after = losses(model, data, batch_tokens=batch_tokens)
+        advance()
+        for label in data.labels:
+            for name, numbers in change(before, after, label, seed=seed).items():
+                rows.append({"label": label, "metric": name, "baseline": "none", **numbers, "units": len(chosen)})
+        if controls and len(chosen):
+            stats = stats or routing(model, data, kind=chosen.kind)
+            part = data if scored == "all" else data.only([scored])
+            labels = data.labels if scored == "all" else [scored]
+            rows += _controls(model, chosen, part, labels, before, stats, controls, batch_tokens, seed, about, advance)
     table = pd.DataFrame(rows)
     table.attrs.update(about)
     return table
@@ -97,7 +101,7 @@ def evaluate(
 
 def _controls(
     model: Any, chosen: ExpertSet, data: Corpus, labels: list[str], before: Losses, stats: RoutingStats,
-    controls: int, batch_tokens: int, seed: int, about: dict[str, Any],
+    controls: int, batch_tokens: int, seed: int, about: dict[str, Any], advance: Advance,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One line per label and metric, over all control sets."""
     generator = torch.Generator().manual_seed(seed)
@@ -110,6 +114,7 @@ def _controls(
             after = losses(model, data, batch_tokens=batch_tokens)
         for label in labels:
             sums[label].append(after.of(label).sum(0))
+        advance()
     about |= {"frequency": frequency(stats, chosen), "control_frequency": sum(frequencies) / controls}
     rows = []
     for label in labels:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from interp.experts.batches import Corpus, Labelled, corpus
-from interp.progress import bar
 
 METRICS = ("loss", "perplexity", "accuracy")
 
@@ -48,20 +47,22 @@ def losses(
     """Runs the model, as it is now, over labelled documents."""
     data = corpus(model, texts, max_tokens)
     nats, correct, tokens = (torch.zeros(len(data.documents), dtype=torch.float64) for _ in range(3))
-    with bar("measuring losses", len(data.windows)) as advance:
-        for batch in data.batches(model, batch_tokens):
-            logits = model(batch.tokens)[:, :-1]
-            target, real = batch.tokens.ids[:, 1:], batch.tokens.mask[:, 1:]
-            flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-            sums = (
-                (nats, flat.view_as(target).double() * real),
-                (correct, (logits.argmax(-1) == target) & real),
-                (tokens, real),
-            )
-            for into, values in sums:
-                into.index_add_(0, batch.document, values.double().sum(1).cpu())
-            advance(len(batch.label))
+    for batch in data.batches(model, batch_tokens, "measuring losses"):
+        target, real = batch.tokens.ids[:, 1:], batch.tokens.mask[:, 1:]
+        loss, right = _scores(model(batch.tokens)[:, :-1], target)
+        for into, values in ((nats, loss.double() * real), (correct, right & real), (tokens, real)):
+            into.index_add_(0, batch.document, values.double().sum(1).cpu())
     return Losses(data.labels, data.documents, nats, correct, tokens)
+
+
+def _scores(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and whether the prediction is right [row, pos], one row at a time: a processor's cache holds that,
+    where copies of all rows' logits [row, pos, vocab] would go through memory."""
+    loss = [
+        torch.nn.functional.cross_entropy(z.float(), t, reduction="none") for z, t in zip(logits, target, strict=True)
+    ]
+    right = [z.argmax(-1) == t for z, t in zip(logits, target, strict=True)]
+    return torch.stack(loss), torch.stack(right)
 
 
 def metric(sums: Tensor, name: str) -> Tensor:

@@ -23,6 +23,7 @@ from interp.experts.losses import Losses, losses
 from interp.experts.select import select_or_none
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
+from interp.progress import bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,17 +75,19 @@ def remove_each(
         raise ExpertError(f"held_out: no text for {absent[0]!r}; it has {', '.join(data.labels)}")
     if scored not in ("target", "all"):
         raise ExpertError(f"scored={scored!r}: expected target or all")
-    before = before or losses(model, data, batch_tokens=batch_tokens)
     parts = []
-    for number, label in enumerate(labels):
-        chosen = select_or_none(stats, label, rule, settings)
-        say(f"removing {label} ({number + 1} of {len(labels)}): {len(chosen):,} units, {controls} controls")
-        part = evaluate(
-            model, chosen, data, controls=controls, stats=stats, before=before, batch_tokens=batch_tokens, seed=seed,
-            scored=label if scored == "target" else "all",
-        )  # fmt: skip
-        part.insert(0, "removed", label)
-        parts.append(part)
+    with bar("removing labels", len(labels)) as advance:
+        before = before or losses(model, data, batch_tokens=batch_tokens)
+        for number, label in enumerate(labels):
+            chosen = select_or_none(stats, label, rule, settings)
+            say(f"removing {label} ({number + 1} of {len(labels)}): {len(chosen):,} units, {controls} controls")
+            part = evaluate(
+                model, chosen, data, controls=controls, stats=stats, before=before, batch_tokens=batch_tokens,
+                seed=seed, scored=label if scored == "target" else "all",
+            )  # fmt: skip
+            part.insert(0, "removed", label)
+            parts.append(part)
+            advance()
     table = pd.concat(parts, ignore_index=True)
     table.attrs = {
         "model": model.name, "fingerprint": stats.fingerprint, "kind": stats.kind, "rule": rule, "settings": settings,
@@ -147,16 +150,19 @@ def frontier(
     import pandas as pd
 
     data = corpus(model, held_out, max_tokens)
-    before = losses(model, data)
     rows = []
-    for values in itertools.product(*grid.values()):
-        settings = dict(zip(grid, values, strict=True))
-        say(f"{stats.kind}, {rule} {settings}")
-        table = remove_each(model, stats, data, rule=rule, controls=0, before=before, **settings)
-        mean = summary(table).iloc[-1]
-        total = stats.size * len(stats.layers)
-        row = {"method": f"{stats.kind}, {rule}", **settings, "share_of_all": mean["units"] / total}
-        rows.append(row | {"damage": mean["damage"], "spill": mean["spill"], "selectivity": mean["selectivity"]})
+    tries = list(itertools.product(*grid.values()))
+    with bar(f"trying settings of {rule}", len(tries)) as advance:
+        before = losses(model, data)
+        for values in tries:
+            settings = dict(zip(grid, values, strict=True))
+            say(f"{stats.kind}, {rule} {settings}")
+            table = remove_each(model, stats, data, rule=rule, controls=0, before=before, **settings)
+            mean = summary(table).iloc[-1]
+            total = stats.size * len(stats.layers)
+            row = {"method": f"{stats.kind}, {rule}", **settings, "share_of_all": mean["units"] / total}
+            rows.append(row | {"damage": mean["damage"], "spill": mean["spill"], "selectivity": mean["selectivity"]})
+            advance()
     frame = pd.DataFrame(rows)
     frame.attrs = {"model": model.name, "fingerprint": stats.fingerprint, "rule": rule, "tokens": data.n_tokens}
     return frame

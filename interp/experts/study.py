@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from interp.experts.batches import Labelled, corpus
 from interp.experts.collect import routing
+from interp.experts.losses import losses
 from interp.experts.resection import at_damage, frontier, remove_each, summary
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError, units_of
@@ -115,11 +116,16 @@ def study(
     rule, settings = best(curve, damage)
     held_out = corpus(model, splits("test"), score_tokens)
     found = Study(stats, rule, settings, {"frontier": curve})
+    before = losses(model, held_out)
     for name, (its_rule, its_settings) in {"best": (rule, settings), "paper": PAPER}.items():
-        say(f"{model.name}: {its_rule} {its_settings} on the test split")
-        table = remove_each(
-            model, stats, held_out, rule=its_rule, controls=controls, scored=scored, seed=seed, say=say, **its_settings
-        )
+        if name == "paper" and (rule, settings) == PAPER:
+            table = found.tables["best"]
+        else:
+            say(f"{model.name}: {its_rule} {its_settings} on the test split")
+            table = remove_each(
+                model, stats, held_out, rule=its_rule, controls=controls, scored=scored, seed=seed, before=before,
+                say=say, **its_settings,
+            )  # fmt: skip
         found.tables[name] = table
         found.tables["summary" if name == "best" else "paper_summary"] = summary(table)
     return found

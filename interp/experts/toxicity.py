@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +28,16 @@ from interp.experts.select import select_or_none
 from interp.experts.sets import ExpertSet
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
+from interp.progress import bar
 
 if TYPE_CHECKING:
     import pandas as pd
 
 #: A judge: texts -> a score in 0..1 for each.
 Judge = Callable[[Sequence[str]], Sequence[float]]
+
+#: Continuations written at once.
+ROWS = 160
 
 _WORD = re.compile(r"[a-z]+")
 
@@ -89,6 +94,7 @@ def suppress(
     new_tokens: int = 20,
     controls: int = 20,
     control_prompts: int = 20,
+    scored: str = "target",
     temperature: float = 1.0,
     top_p: float = 0.9,
     seed: int = 0,
@@ -109,6 +115,7 @@ def suppress(
         new_tokens: their length.
         controls: random sets per threshold.
         control_prompts: prompts of each kind that a control continues, each once (controls cost as much as the thing).
+        scored: "target" measures the controls' loss on `label` and `against` only (quick), "all" on all watched labels.
         temperature: of sampling.
         top_p: of sampling.
         seed: of sampling and controls.
@@ -122,60 +129,73 @@ def suppress(
     """
     import pandas as pd
 
+    if scored not in ("target", "all"):
+        raise ExpertError(f"scored={scored!r}: expected target or all")
     data = corpus(model, watched)
+    part = data.only([la for la in data.labels if scored == "all" or la in (label, against)])
     rows: list[dict[str, Any]] = []
 
-    def run(threshold: float, chosen: ExpertSet | None, n_samples: int, limit: int | None) -> list[dict[str, Any]]:
+    def run(
+        threshold: float, chosen: ExpertSet | None, n_samples: int, limit: int | None, over: Corpus
+    ) -> list[dict[str, Any]]:
         found = []
-        for kind, texts in prompts.items():
-            scores = _continue(model, list(texts)[:limit], judge, n_samples, new_tokens, temperature, top_p, seed)
-            for name, (value, low, high) in _metrics(scores, seed).items():
+        some = {kind: list(texts)[:limit] for kind, texts in prompts.items()}
+        made = _continue(
+            model, list(chain.from_iterable(some.values())), n_samples, new_tokens, temperature, top_p, seed
+        )
+        scores = torch.tensor(judge(made), dtype=torch.float64).view(-1, n_samples)  # [prompt, sample]
+        for kind, of_kind in zip(some, scores.split([len(texts) for texts in some.values()]), strict=True):
+            for name, (value, low, high) in _metrics(of_kind, seed).items():
                 found.append({"kind": kind, "metric": name, "value": value, "low": low, "high": high})
-        measured = losses(model, data)
-        found += [{"kind": la, "metric": "loss", "value": _loss(measured, la)} for la in data.labels]
+        measured = losses(model, over)
+        found += [{"kind": la, "metric": "loss", "value": _loss(measured, la)} for la in over.present]
         size = len(chosen) if chosen is not None else 0
         share = chosen.share if chosen is not None else 0.0
+        advance()
         return [{"threshold": threshold, "units": size, "share": share, **row} for row in found]
 
-    say("the model as it is")
-    rows += [{**row, "baseline": "none"} for row in run(float("nan"), None, samples, None)]
-    for threshold in thresholds:
-        chosen = select_or_none(stats, label, "correlation", {"threshold": threshold, "against": against})
-        say(f"r > {threshold}: {len(chosen):,} units off")
-        if not len(chosen):
-            continue
-        with switched_off(model, chosen):
-            rows += [{**row, "baseline": "none"} for row in run(threshold, chosen, samples, None)]
-        generator = torch.Generator().manual_seed(seed)
-        parts = []
-        for number in range(controls):
-            control = matched(stats, chosen, generator)
-            with switched_off(model, control):
-                parts.append(pd.DataFrame(run(threshold, control, 1, control_prompts)).assign(control=number))
-        if parts:
-            rows += _middle(pd.concat(parts, ignore_index=True))
+    with bar("suppressing", 1 + len(thresholds) * (1 + controls)) as advance:
+        say("the model as it is")
+        rows += [{**row, "baseline": "none"} for row in run(float("nan"), None, samples, None, data)]
+        for threshold in thresholds:
+            chosen = select_or_none(stats, label, "correlation", {"threshold": threshold, "against": against})
+            say(f"r > {threshold}: {len(chosen):,} units off, {controls} controls")
+            if not len(chosen):
+                advance(1 + controls)
+                continue
+            with switched_off(model, chosen):
+                rows += [{**row, "baseline": "none"} for row in run(threshold, chosen, samples, None, data)]
+            generator = torch.Generator().manual_seed(seed)
+            parts = []
+            for number in range(controls):
+                control = matched(stats, chosen, generator)
+                with switched_off(model, control):
+                    parts.append(pd.DataFrame(run(threshold, control, 1, control_prompts, part)).assign(control=number))
+            if parts:
+                rows += _middle(pd.concat(parts, ignore_index=True))
     columns = ["threshold", "units", "share", "baseline", "kind", "metric", "value", "low", "high"]
     table = pd.DataFrame(rows, columns=columns)
     table.attrs = {
         "model": model.name, "fingerprint": stats.fingerprint, "label": label, "against": against, "samples": samples,
-        "new_tokens": new_tokens, "temperature": temperature, "top_p": top_p, "controls": controls, "seed": seed,
+        "new_tokens": new_tokens, "temperature": temperature, "top_p": top_p, "controls": controls, "scored": scored,
+        "seed": seed,
     }  # fmt: skip
     return table
 
 
 def _continue(
-    model: Any, prompts: list[str], judge: Judge, samples: int, new: int, temperature: float, top_p: float, seed: int
-) -> torch.Tensor:
-    """Scores of sampled continuations [prompt, sample]; the same seed draws the same random numbers for every set."""
+    model: Any, prompts: list[str], samples: int, new: int, temperature: float, top_p: float, seed: int
+) -> list[str]:
+    """`samples` continuations of each prompt, in order; the same seed draws the same random numbers for every set."""
     torch.manual_seed(seed)
     texts: list[str] = []
-    for start in range(0, len(prompts), 32):
-        made = model.generate(
-            prompts[start : start + 32], max_new_tokens=new, num_return_sequences=samples, do_sample=True,
+    at_once = max(1, ROWS // samples)
+    for start in range(0, len(prompts), at_once):
+        texts += model.generate(
+            prompts[start : start + at_once], max_new_tokens=new, num_return_sequences=samples, do_sample=True,
             temperature=temperature, top_p=top_p, top_k=0,
-        )  # fmt: skip
-        texts += made.texts
-    return torch.tensor(judge(texts), dtype=torch.float64).view(len(prompts), samples)
+        ).texts  # fmt: skip
+    return texts
 
 
 def _metrics(scores: torch.Tensor, seed: int) -> dict[str, tuple[float, float, float]]:

@@ -227,7 +227,19 @@ class RoutedExperts:
         return model.intervene(*zeros)
 
 
-class Slots:
+class _WrittenOut:
+    """What follows from `all`, the weight of every unit [token, unit]."""
+
+    all: Any
+
+    def of(self, units: Tensor) -> Tensor:
+        return self.all[:, units]
+
+    def above(self, threshold: float) -> Tensor:
+        return (self.all > threshold).sum(1)
+
+
+class Slots(_WrittenOut):
     """Weights of the chosen experts: ids and weights [token, slot], perhaps norms of their outputs [token, slot]."""
 
     def __init__(self, ids: Tensor, weights: Tensor, size: int, norm: Tensor | None = None) -> None:
@@ -257,12 +269,6 @@ class Slots:
         """values [token, slot] summed by the token's group and the slot's expert [n, unit], never [token, unit]."""
         bins = group[:, None] * self.size + self.ids
         return values.new_zeros(n * self.size).index_add_(0, bins.flatten(), values.flatten()).view(n, self.size)
-
-    def of(self, units: Tensor) -> Tensor:
-        return self.all[:, units]
-
-    def above(self, threshold: float) -> Tensor:
-        return (self.all > threshold).sum(1)
 
 
 def _by_group(values: Tensor, group: Tensor, n: int) -> Tensor:
@@ -300,7 +306,7 @@ def output_weight(model: Any, layer: int) -> Tensor:
     return weight if isinstance(down, torch.nn.Linear) else weight.T  # GPT-2's Conv1D keeps it transposed
 
 
-class Dense:
+class Dense(_WrittenOut):
     """One weight per token and unit [token, unit]; with the norms of the units' output vectors [unit]."""
 
     def __init__(self, weights: Tensor, norm: Tensor | None = None) -> None:
@@ -321,9 +327,3 @@ class Dense:
             raise ExpertError("the outputs' norms were not measured; weigh with norms=True")
         norm = self.norm.double()
         return self.uses(group, n) * norm, self.total(group, n) * norm
-
-    def of(self, units: Tensor) -> Tensor:
-        return self.all[:, units]
-
-    def above(self, threshold: float) -> Tensor:
-        return (self.all > threshold).sum(1)
