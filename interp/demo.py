@@ -53,7 +53,7 @@ def run(out: Path, say: Say = lambda message: None) -> Tour:
     Raises LoadError when SmolLM2 cannot be had, StoreError when `out` holds something else.
     """
     import interp
-    from interp import plots, plots_experts, store
+    from interp import plots, store
 
     start = time.perf_counter()
     texts = [text for paragraphs in PARAGRAPHS.values() for text in paragraphs]
@@ -81,7 +81,7 @@ def run(out: Path, say: Say = lambda message: None) -> Tour:
     removed = resection(say)
     if removed is not None:
         title = "monet-mini: each domain's experts switched off in turn"
-        figures.append(plots.save(plots_experts.domain_matrix(removed, title), out / "resection.html"))
+        figures.append(plots.save(plots.domain_matrix(removed, title), out / "resection.html"))
     models = [{"name": m.name, **m.card, "fingerprint": m.fingerprint} for m in (dense, moe)]
     return Tour(models, residual, attention, load, datasets, removed, figures, time.perf_counter() - start)
 

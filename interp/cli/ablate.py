@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from interp.cli.common import emit, records, stderr, stdout
+from interp.cli.common import emit, keep, records, stderr, stdout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,10 +58,8 @@ def command(
     import interp
     from interp import experts
 
-    say = stderr()
-
     def tell(message: str) -> None:
-        say.print(f"· {message}", markup=False, highlight=False)
+        stderr().print(f"· {message}", markup=False, highlight=False)  # asked for each time: a bar may stand below it
 
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not empty; choose a new directory")
@@ -155,16 +153,15 @@ def _halves(found: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str
 
 
 def _write(model: Any, chosen: Any, table: pd.DataFrame, out: Path, report: bool, tell: Any) -> dict[str, str]:
-    from interp import experts, plots, plots_experts
+    from interp import experts, plots
 
     tell(f"writing the checkpoint to {out}")
     own = table[table["baseline"] == "none"]
     files = {"checkpoint": str(experts.resect(model, chosen, out, evaluation=own))}
     if report:
         title = f"{model.name} without {table['removed'].iloc[0]}: {len(chosen):,} units off"
-        files["figure"] = str(plots.save(plots_experts.domain_matrix(table, title), out / "report.html"))
-        table.to_parquet(out / "table.parquet")
-        files["table"] = str(out / "table.parquet")
+        files["figure"] = str(plots.save(plots.domain_matrix(table, title), out / "report.html"))
+        files["table"] = keep(table, out / "table.parquet")
     return files
 
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from interp.store import ActivationDataset
 
 #: Errors that a user's input or machine can cause. Everything else is a bug of ours and shows its traceback.
@@ -52,6 +56,14 @@ def fail(error: BaseException) -> int:
         traceback.print_exception(error)
     stderr().print(f"interp: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     return 1
+
+
+def keep(table: pd.DataFrame, path: Path) -> str:
+    """Write a Table with its settings and the command that made it, which `interp report` shows; gives the path."""
+    from interp import report
+
+    by_command = Path(sys.argv[0]).name in ("interp", "__main__.py")
+    return str(report.save_table(table, path, shlex.join(["interp", *sys.argv[1:]]) if by_command else None))
 
 
 def _plain(value: Any) -> Any:

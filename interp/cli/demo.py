@@ -38,8 +38,7 @@ def command(
     """
     from interp.demo import run
 
-    progress = stderr()
-    tour = run(out, lambda message: progress.print(f"· {message}", highlight=False))
+    tour = run(out, lambda message: stderr().print(f"· {message}", highlight=False))
     if as_json:
         emit(_document(tour))
     else:

@@ -161,11 +161,11 @@ def _tokens(table: pd.DataFrame, made: Pairs) -> list[str]:
 
 
 def _write(table: pd.DataFrame, made: Pairs, model: str, out: Path) -> dict[str, str]:
-    from interp import plots, plots_patching
+    from interp import plots
     from interp.patching import guardrails
 
     title = f"{model}, {made.name}: {table.attrs['method']}, {table.attrs['direction']}, {len(made)} pair(s)"
-    figure = plots_patching.heat_maps(table, title, made.pieces[0][0])
+    figure = plots.heat_maps(table, title, made.pieces[0][0])
     return {
         "figure": str(plots.save(figure, out / "patch.html")),
         "table": str(guardrails.export(table, out / "patch.parquet")),

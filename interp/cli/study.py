@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from interp.cli.common import emit, records, stderr, stdout
+from interp.cli.common import emit, keep, records, stderr, stdout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,10 +44,8 @@ def command(
     import interp
     from interp.experts import study as studies
 
-    console = stderr()
-
     def say(message: str) -> None:
-        console.print(f"· {message}", markup=False, highlight=False)
+        stderr().print(f"· {message}", markup=False, highlight=False)  # asked for each time: a bar may stand below it
 
     opened = interp.load(model, device=device)
     if group in ("toxicity", "descriptions"):
@@ -56,8 +54,7 @@ def command(
         else:
             table = studies.descriptions(opened, seed=seed)
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            table.to_parquet(out / f"{group}.parquet")
+            keep(table, out / f"{group}.parquet")
         if as_json:
             emit({"model": opened.name, "group": group, "table": records(table)})
         elif group == "toxicity":
@@ -85,15 +82,15 @@ def command(
 
 
 def _write(model: Any, group: str, found: Any, out: Path) -> dict[str, str]:
-    from interp import plots, plots_experts
+    from interp import plots
 
     found.save(out)
+    for name, table in found.tables.items():
+        keep(table, out / f"{name}.parquet")
     title = f"{model.name}, each {group} removed ({found.rule} {found.settings})"
     figures = {
-        "matrix": plots_experts.domain_matrix(found.tables["best"], title),
-        "frontier": plots_experts.frontiers(
-            found.tables["frontier"], f"{model.name}: damage against spill (validation)"
-        ),
+        "matrix": plots.domain_matrix(found.tables["best"], title),
+        "frontier": plots.frontiers(found.tables["frontier"], f"{model.name}: damage against spill (validation)"),
     }
     files = {name: str(plots.save(figure, out / f"{name}.html")) for name, figure in figures.items()}
     return {"tables": str(out), **files}

@@ -119,13 +119,13 @@ def test_help_shows_an_example(run: Any) -> None:
 
 
 def test_figures_escape_what_comes_from_outside() -> None:
-    from interp import plots_patching
+    from interp import plots
 
     table = pd.DataFrame({
         "node": ["z[0, head=0]", "z[1, head=0]"], "site": "z", "layer": [0, 1], "head": [0, 0], "position": [0, 1],
         "value": [0.5, -1.0], "metric": "<b>m</b>",
     }).astype({"head": "Int64", "position": "Int64"})  # fmt: skip
-    page = plots_patching.heat_maps(table, "<script>x</script>", ["<i>", "b"]).to_json()
+    page = plots.heat_maps(table, "<script>x</script>", ["<i>", "b"]).to_json()
     assert "<script>" not in page
     assert "<i>" not in page
     assert "<b>m" not in page
@@ -133,19 +133,19 @@ def test_figures_escape_what_comes_from_outside() -> None:
         [("embed", "q[0, head=1]", 1.0), ("z[0, head=1]", "mlp_in[0]", -0.5), ("mlp_out[0]", "logits", 0.2)],
         columns=["writer", "reader", "value"],
     )
-    drawn = plots_patching.circuit(edges, "<u>")
+    drawn = plots.circuit(edges, "<u>")
     assert "<u>" not in drawn.to_json()
     assert list(drawn.data[-1].text) == ["embed", "0.1", "mlp 0", "logits"]
     assert len(drawn.data) == 4
 
 
 def test_one_position_has_no_panel_beside_its_heads() -> None:
-    from interp import plots_patching
+    from interp import plots
 
     table = pd.DataFrame({
         "node": ["z[0, head=0]", "z[1, head=1]"], "site": "z", "layer": [0, 1], "head": [0, 1], "position": [5, 5],
         "value": [0.5, -1.0], "metric": "m",
     }).astype({"head": "Int64", "position": "Int64"})  # fmt: skip
-    assert len(plots_patching.heat_maps(table, "one").data) == 1
-    assert len(plots_patching.heat_maps(table.assign(position=[4, 5]), "two").data) == 2
-    assert len(plots_patching.heat_maps(table.assign(head=pd.NA), "streams").data) == 1
+    assert len(plots.heat_maps(table, "one").data) == 1
+    assert len(plots.heat_maps(table.assign(position=[4, 5]), "two").data) == 2
+    assert len(plots.heat_maps(table.assign(head=pd.NA), "streams").data) == 1
