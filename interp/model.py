@@ -12,6 +12,7 @@ Nothing of the underlying model is touched until a context is entered, and on le
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -169,11 +170,8 @@ class Model:
         """
         if isinstance(patterns, (str, Site)):
             patterns = [patterns]
-        found: dict[Site, None] = {}
-        for text in patterns:
-            for site in expand(self, Pattern.parse(str(text), rotary=self.rotary)):
-                found.setdefault(site)
-        return list(found)
+        named = (expand(self, Pattern.parse(str(text), rotary=self.rotary)) for text in patterns)
+        return list(dict.fromkeys(site for sites in named for site in sites))
 
     def map(self) -> pd.DataFrame:
         """Every site of this model: name, layers that have it, axes, how it is reached, or why it is absent."""
@@ -201,16 +199,8 @@ class Model:
     # -- running -----------------------------------------------------------------------------------------------
     def tokens(self, x: Text, *, max_length: int | None = None, truncate: bool = False, special: bool = True) -> Tokens:
         """A batch of tokens from texts, ids or Tokens; padded on the right. See `interp.tokens.tokenize` for errors."""
-        return tokenize(
-            x,
-            self.tokenizer,
-            vocab=self.d_vocab,
-            context=self.n_ctx,
-            device=self.device,
-            max_length=max_length,
-            truncate=truncate,
-            special=special,
-        )
+        where: dict[str, Any] = {"vocab": self.d_vocab, "context": self.n_ctx, "device": self.device}
+        return tokenize(x, self.tokenizer, **where, max_length=max_length, truncate=truncate, special=special)
 
     def __call__(self, x: Text, *, grad: bool = False) -> Tensor:
         """Logits [batch, pos, vocab]; what stands at padding means nothing."""
@@ -220,16 +210,12 @@ class Model:
 
     def _forward(self, tokens: Tokens) -> Any:
         inputs: dict[str, Any] = {"input_ids": tokens.ids, "attention_mask": tokens.mask.long(), "use_cache": False}
-        if (
-            not bool(tokens.mask[:, 0].all()) and self._takes_positions
-        ):  # left padding: count positions from the first token
+        if self._takes_positions and not bool(tokens.mask[:, 0].all()):  # left padding: count from the first token
             inputs["position_ids"] = tokens.position
         return self.hf(**inputs)
 
     @cached_property
     def _takes_positions(self) -> bool:
-        import inspect
-
         return "position_ids" in inspect.signature(self.hf.forward).parameters
 
     def capture(
@@ -300,12 +286,10 @@ class Model:
             yield Intervention(bound)
 
     def _bind(self, edit: Edit) -> Edit:
-        decode = (
-            None
-            if self.tokenizer is None
-            else lambda ids: self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        )
-        return edit.within(edit.scope.bind(decode))
+        def decode(ids: Any) -> Any:
+            return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+        return edit.within(edit.scope.bind(decode if self.tokenizer is not None else None))
 
     def _flat_edits(self, edits: Iterable[Any]) -> Iterator[Edit]:
         for edit in edits:
