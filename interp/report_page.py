@@ -141,7 +141,7 @@ def assemble(title: str, sections: Sequence[Section], passed: Sequence[str]) -> 
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return _PAGE.format(
         title=escaped(title), style=_STYLE, menu="".join(menu), body="".join(parts), tail=tail,
-        script=_figures(figures), about=f"interp {__version__}, {when}",
+        script=f"<script>{_OPEN}</script>{_figures(figures)}", about=f"interp {__version__}, {when}",
     )  # fmt: skip
 
 
@@ -156,6 +156,9 @@ def _figures(figures: Sequence[tuple[str, Any]]) -> str:
         f"<script>{get_plotlyjs()}</script><script>{_DRAW}</script>"
     )
 
+
+# on paper nothing can be unfolded
+_OPEN = 'addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(d => { d.open = true; }));'
 
 _DRAW = """
 const drawn = JSON.parse(document.getElementById("figures").textContent);
