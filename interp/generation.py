@@ -45,6 +45,7 @@ def generate(
         )
     left = given.padded("left")
     kwargs.setdefault("do_sample", False)
+    kwargs.setdefault("use_cache", True)  # checkpoints saved in training say False: each token would run all before it
     if kwargs.get("pad_token_id") is None:
         ids = (
             getattr(m.tokenizer, "pad_token_id", None),

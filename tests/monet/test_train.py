@@ -178,6 +178,7 @@ def test_a_run_may_begin_with_shipped_weights(corpus: Corpus, tmp_path: Path) ->
     first = Run(settings(), corpus, tmp_path / "first", device="cpu")
     first.fit()
     shipped = report.export(tmp_path / "first", corpus, tmp_path / "shipped")
+    assert shipped.hf.generation_config.use_cache, "generation would compute every prompt again for each new token"
     second = Run(settings(start=str(tmp_path / "shipped"), seed=1), corpus, tmp_path / "second", device="cpu")
     for name, tensor in second.model.state_dict().items():
         assert torch.equal(tensor, shipped.hf.state_dict()[name]), name

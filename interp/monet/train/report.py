@@ -39,7 +39,7 @@ def export(run_dir: Path, corpus: Corpus, to: Path) -> Any:
     model = run.model.cpu().eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True  # both were off in training
     model.config.dtype = torch.bfloat16
     if hasattr(model.config, "output_router_logits"):
         model.config.output_router_logits = False
