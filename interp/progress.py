@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from typing import Any, Protocol
 
 #: Seconds after which a bar appears.
@@ -69,7 +70,7 @@ class _Bar:
             else:
                 self.quiet = True
         if self.live is not None:
-            self.live.update(self.live.task_ids[0], completed=self.done, note=self.note)
+            self.live.show(self.done, self.note)
 
     def close(self) -> None:
         if self.live is not None:
@@ -87,23 +88,73 @@ def _wanted() -> bool:
 
 
 def _open(what: str, total: int | None, elapsed: float) -> Any:
-    """A running bar that began `elapsed` seconds ago."""
+    """A bar that began `elapsed` seconds ago, as the place shows it: with ``show(done, note)`` and ``stop()``."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
-    console = Console(stderr=True)
-    # where lines cannot be taken back (a log file), the last state is all that is written
-    live = Progress(*columns, console=console, transient=console.is_terminal or console.is_jupyter)
-    live.start()
-    live.add_task(what, total=total, note="")
-    live.tasks[0].start_time = live.get_time() - elapsed
-    return live
+    kind = _Cell if Console(stderr=True).is_jupyter else _Line
+    return kind(what, total, elapsed)
+
+
+class _Line:
+    """A bar in a terminal, or in a log file."""
+
+    def __init__(self, what: str, total: int | None, elapsed: float) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+        console = Console(stderr=True)
+        # where lines cannot be taken back (a log file), the last state is all that is written
+        self.live = Progress(*columns, console=console, transient=console.is_terminal)
+        self.live.start()
+        self.task = self.live.add_task(what, total=total, note="")
+        self.live.tasks[0].start_time = self.live.get_time() - elapsed
+
+    def show(self, done: int, note: str) -> None:
+        self.live.update(self.task, completed=done, note=note)
+
+    def stop(self) -> None:
+        self.live.stop()
+
+
+class _Cell:
+    """A bar below a cell of a notebook: plain HTML that is replaced, so that it needs no widgets."""
+
+    def __init__(self, what: str, total: int | None, elapsed: float) -> None:
+        from IPython.display import HTML, display
+
+        self.html, self.what, self.total = HTML, what, total
+        self.started, self.last = time.monotonic() - elapsed, 0.0
+        self.handle: Any = display(HTML(""), display_id=True)
+
+    def show(self, done: int, note: str) -> None:
+        now = time.monotonic()
+        if self.handle is None or (now - self.last < 0.3 and done != self.total):
+            return
+        self.last = now
+        self.handle.update(self.html(in_html(self.what, done, self.total, now - self.started, note)))
+
+    def stop(self) -> None:
+        if self.handle is not None:
+            self.handle.update(self.html(""))
+
+
+def in_html(what: str, done: int, total: int | None, seconds: float, note: str = "") -> str:
+    """The bar as HTML: what is done, how much of how much, time gone and, by the pace so far, time left."""
+    amount = f' value="{done}" max="{total}"' if total else ""
+    left = f", {_clock(seconds * (total - done) / done)} left" if total and done else ""
+    counted = f"{done:,} of {total:,}" if total else f"{done:,}"
+    return f"{escape(what)} <progress{amount}></progress> {counted}, {_clock(seconds)}{left} {escape(note)}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -45,6 +45,35 @@ def test_it_is_silent_when_nobody_looks(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_notebook_shows_it_without_widgets(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is displayed below a cell, in order: an empty place, the bar as it grows, and nothing in the end."""
+    import IPython.display
+
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, made: IPython.display.HTML) -> None:
+            shown.append(str(made.data))
+
+    monkeypatch.setattr(IPython.display, "display", lambda made, display_id: Handle())
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    with bar("count<ing>", total=4) as advance:
+        advance(1)
+        advance(3, "so & so")
+    assert shown[-1] == ""
+    assert "count&lt;ing&gt;" in shown[0]
+    assert 'value="1" max="4"' in shown[0]
+    assert "4 of 4" in shown[-2]
+    assert "so &amp; so" in shown[-2]
+
+
+def test_time_left_is_by_the_pace_so_far() -> None:
+    assert "1:00, 3:00 left" in progress.in_html("x", 1, 4, 60.0)
+    assert "1:00:00, 1:00:00 left" in progress.in_html("x", 5, 10, 3600.0)
+    assert "left" not in progress.in_html("x", 5, None, 60.0)
+    assert "left" not in progress.in_html("x", 0, 4, 60.0)
+
+
 def test_one_bar_at_a_time(impatient: None, capfd: pytest.CaptureFixture[str]) -> None:
     with bar("outer", 2) as outer:
         with bar("inner", 1) as inner:

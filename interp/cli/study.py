@@ -25,7 +25,13 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where tables and figures go.")] = None,
     controls: Annotated[int, typer.Option(min=0, help="Random sets per removed label.")] = 20,
     damage: Annotated[float, typer.Option(help="Nats that the best setting must do at least.")] = 0.5,
-    score_tokens: Annotated[int, typer.Option(min=100, help="Per label, to score on.")] = 8_000,
+    select_tokens: Annotated[
+        int | None, typer.Option(min=100, help="Per label, to choose on; default 10,000, toxicity 50,000.")
+    ] = None,
+    tune_tokens: Annotated[int | None, typer.Option(min=100, help="Per label, to tune on; default 800.")] = None,
+    score_tokens: Annotated[
+        int | None, typer.Option(min=100, help="Per label, to score on; default 2,000, toxicity 4,000.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of controls and bootstrap.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where the model runs, such as cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -47,10 +53,13 @@ def command(
     def say(message: str) -> None:
         stderr().print(f"· {message}", markup=False, highlight=False)  # asked for each time: a bar may stand below it
 
+    given = {"select_tokens": select_tokens, "tune_tokens": tune_tokens, "score_tokens": score_tokens}
+    tokens: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
     opened = interp.load(model, device=device)
     if group in ("toxicity", "descriptions"):
         if group == "toxicity":
-            table = studies.register(opened, kind=kind, controls=controls, seed=seed, say=say)
+            tokens.pop("tune_tokens", None)  # its thresholds are the paper's
+            table = studies.register(opened, kind=kind, controls=controls, seed=seed, say=say, **tokens)
         else:
             table = studies.descriptions(opened, seed=seed)
         if out is not None:
@@ -62,9 +71,7 @@ def command(
         else:
             _show_descriptions(table)
         return
-    found = studies.study(
-        opened, group, kind=kind, controls=controls, damage=damage, score_tokens=score_tokens, seed=seed, say=say
-    )
+    found = studies.study(opened, group, kind=kind, controls=controls, damage=damage, seed=seed, say=say, **tokens)
     files = _write(opened, group, found, out) if out is not None else {}
     if as_json:
         emit({
