@@ -29,7 +29,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
 SHORT = "Paris is in", "Rome is in", " France", " Italy"  # every position differs: no patch is free
-TIMED = ("atp", "atp+qk", "atp*")
+TIMED = ("atp", "atp+qk", "atp*", "secant+qk")
+METHODS = ("atp", "atp+qk", "atp+graddrop", "atp*", "ig", "secant", "secant+qk")
 TASKS = ("ioi", "capital_swap", "fully_random")
 SITES = ["q[*]", "k[*]", "v[*]", "z[*]", "mlp_out[*]"]
 
@@ -48,6 +49,7 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help="tasks of --card; repeatable")] = None,
     shapes: Annotated[bool, typer.Option("--shapes", help="the same on random models of three shapes")] = False,
     pairs: Annotated[int, typer.Option(min=1, help="prompt pairs of --card, --shapes and --cost")] = 6,
+    method: Annotated[list[str] | None, typer.Option(help="estimators of --card and --shapes; repeatable")] = None,
     nodes: Annotated[int, typer.Option(min=2, help="nodes patched exactly by --card and --shapes")] = 600,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")] = False,
 ) -> None:
@@ -57,7 +59,10 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     if card or shapes:
-        document = graded_shapes(pairs, nodes) if shapes else graded_smollm2(task or TASKS, pairs, nodes)
+        methods = tuple(method or METHODS)
+        document = (
+            graded_shapes(pairs, nodes, methods) if shapes else graded_smollm2(task or TASKS, pairs, nodes, methods)
+        )
     elif peak:
         document = {
             "what": "memory of a sweep of 360 heads and positions, SmolLM2, a metric of all logits",
@@ -212,7 +217,7 @@ def costs(rounds: int, pairs: int) -> dict[str, Any]:
             "threads": torch.get_num_threads()}  # fmt: skip
 
 
-def graded_smollm2(tasks: Any, pairs: int, nodes: int) -> dict[str, Any]:
+def graded_smollm2(tasks: Any, pairs: int, nodes: int, methods: tuple[str, ...]) -> dict[str, Any]:
     """The report card on IOI, capital swap and random pairs."""
     import interp
     from interp.patching import builders, report_card
@@ -221,7 +226,7 @@ def graded_smollm2(tasks: Any, pairs: int, nodes: int) -> dict[str, Any]:
     for task in tasks:
         made = builders.BUILDERS[task](m, pairs)
         metric = made.metric() if all(made.answers) and all(made.wrong) else _first_token(m, made)
-        cards.append({"task": task, **_card(report_card(m, made, None, metric, SITES, sample=nodes))})
+        cards.append({"task": task, **_card(report_card(m, made, None, metric, SITES, methods, sample=nodes))})
     return {"what": "estimators on SmolLM2", "cards": cards}
 
 
@@ -232,7 +237,7 @@ def _first_token(m: Any, made: Any) -> Any:
     return metrics.log_prob(m(made.clean)[range(len(made)), made.clean.last].argmax(-1))
 
 
-def graded_shapes(pairs: int, nodes: int) -> dict[str, Any]:
+def graded_shapes(pairs: int, nodes: int, methods: tuple[str, ...]) -> dict[str, Any]:
     """The report card on random models, their queries sharpened so that attention is as peaked as in trained ones."""
     import torch
 
@@ -245,7 +250,7 @@ def graded_shapes(pairs: int, nodes: int) -> dict[str, Any]:
             clean = torch.randint(3, 100, (pairs, 10), generator=torch.Generator().manual_seed(0))
             corrupt = clean.clone()
             corrupt[:, [2, 6]] = (clean[:, [2, 6]] + 40) % 97 + 3
-            graded = report_card(m, clean, corrupt, lambda x: x[:, -1, 5] - x[:, -1, 7], SITES, sample=nodes)
+            graded = report_card(m, clean, corrupt, lambda x: x[:, -1, 5] - x[:, -1, 7], SITES, methods, sample=nodes)
             cards.append({"task": f"{family}, {layers} layers", **_card(graded)})
     return {"what": "estimators on random models with sharp attention", "cards": cards}
 

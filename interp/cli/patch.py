@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from interp.patching import Certificate, Pairs
 
-Method = Literal["exact", "atp", "atp+qk", "atp+graddrop", "atp*", "ig"]
+Method = Literal["exact", "atp", "atp+qk", "atp+graddrop", "atp*", "ig", "secant", "secant+qk"]
 Metric = Literal["logit_diff", "probability", "log_prob"]
 #: Columns of the printed table.
 SHOWN = ("node", "position", "token", "value", "low", "high")

@@ -9,12 +9,20 @@ method            estimate of a node's effect                                   
 ``atp*``          both: AtP* of Kramár et al., arXiv 2403.00745                          5, (L + 1) / 2 back
 ``ig``            gradients averaged over the middles of `steps` steps from the base     4 + steps, steps back
                   run's embeddings to the source's (EAP-IG: Hanna et al., 2403.17806)
+``secant``        slopes between the two runs in the place of gradients: what is         5 forward, 2 back
+                  upstream of saturated attention or a shut gate is seen (`secant`)
+``secant+qk``     the same, with queries, keys, router scores as in ``atp+qk`` and       6 forward, 2 back
+                  values as they act alone
 ================  =====================================================================  ===================
 
 Two of the forward passes find out what the metric reads and what it is in both runs, and one row more plans the memory.
 GradDrop checks its shortcut on the first pair, which takes this pair one backward pass more. Gradients stop at the
 activations, no weight's is ever made, so a backward pass does about the arithmetic of a forward
 one. `.attrs["cost"]` is what was counted, layer by layer.
+
+Which one: ``atp*`` where attention is as trained models have it; ``secant+qk`` beside it where heads look at one token
+only, or units are off, as in compiled or very sharp models, where whole paths have no gradient. On SmolLM2 secants rank
+worse than gradients (benchmarks/README.md): they answer for the way between the runs, and a node alone goes less far.
 
 The absolute value is taken per pair, inside the mean over pairs (eq. 5 of AtP*): a node that helps in half of the pairs
 and harms in the others is not one without effect.
@@ -45,7 +53,7 @@ if TYPE_CHECKING:
 
     from interp.model import Model
 
-Method = Literal["atp", "atp+qk", "atp+graddrop", "atp*", "ig"]
+Method = Literal["atp", "atp+qk", "atp+graddrop", "atp*", "ig", "secant", "secant+qk"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 
@@ -80,7 +88,9 @@ def attribute(
         The columns of `patch`. ``value`` is the signed estimate (mean over pairs, by the whole gradient) and ``score``
         what nodes are ranked by: the mean over pairs of the absolute estimate, for GradDrop of the average over its
         gradients. ``.attrs["cost"]`` is what was run, in forward and backward passes of one pair, as counted;
-        ``.attrs["plain"]`` names the layers that a fix did not apply to, with the reason.
+        ``.attrs["plain"]`` names the layers that a fix did not apply to, with the reason. For secants
+        ``.attrs["unexplained"]`` is the share of the runs' difference (in the metric's tangent) that the estimates of
+        the embeddings do not add up to: 0 where every step is a secant, more where steps go by their tangents.
 
     Raises PatchError where the metric has no gradient; otherwise as `patch`.
     """
@@ -103,6 +113,7 @@ def attribute(
         "cost": {"forward": passes.forward / pairs, "backward": passes.backward / pairs},
         "plain": work.notes,
         **({"steps": steps} if method == "ig" else {}),
+        **({"unexplained": work.left / max(work.gap, 1e-30)} if work.secant else {}),
         **({"attention": f"switched meanwhile: {switched}"} if switched else {}),
     }
     return rows
@@ -119,6 +130,7 @@ class Attribution:
         self.m, self.task = recorded.m, recorded.task
         self.groups = grouped(nodes, self.task.width, self.m.device)
         self.notes: dict[int, str] = {}
+        self.secant, self.left, self.gap = method.startswith("secant"), 0.0, 0.0
         self.drops, self.checked, self.apart = method in ("atp+graddrop", "atp*"), False, False
         if self.drops:
             self.m.resolve([f"{name}[{i}]" for name in ("resid_pre", "resid_post") for i in range(self.m.n_layers)])
@@ -158,13 +170,17 @@ class Attribution:
         line = self._line(pairs)
         if self.drops:
             return self._dropped(line)
-        value = line.estimate(line.gradient(), len(self.nodes))
+        gradient = line.gradient()
+        if self.secant:
+            made, gap = line.explained(gradient)
+            self.left, self.gap = self.left + float((made - gap).abs().sum()), self.gap + float(gap.abs().sum())
+        value = line.estimate(gradient, len(self.nodes))
         return value, value.abs()
 
     def _line(self, pairs: Tensor) -> Linear:
         """The base run of some pairs, ready for estimates."""
-        fixes = self.method in ("atp+qk", "atp*")
-        line = Linear(self.recorded, pairs, self.groups, self._source(pairs), fixes=fixes, streams=self.drops)
+        fixes, source = self.method in ("atp+qk", "atp*", "secant+qk"), self._source(pairs)
+        line = Linear(self.recorded, pairs, self.groups, source, fixes=fixes, streams=self.drops, secant=self.secant)
         self.notes |= line.notes
         return line
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from interp.patching.gather import Group, gather
 from interp.patching.graddrop import Gradient
 from interp.patching.qk_fix import KeyMoves, QueryMoves
 from interp.patching.recorded import Recorded, given
+from interp.patching.secant import secants, wide
 from interp.patching.task import PatchError, Run
 from interp.sites import Site
 
@@ -43,6 +45,7 @@ class Linear:
         there: the source run of these pairs at the nodes' sites.
         fixes: take queries, keys and router scores through their softmax.
         streams: keep the residual streams too, for GradDrop.
+        secant: gradients are secants between the two runs and not tangents (`secant`); with `fixes`, of nodes alone.
         embeds: embeddings to run instead of the base's own [pair, pos, d_model].
         here: activations of the base run, where they are not this run's.
     """
@@ -56,11 +59,12 @@ class Linear:
         *,
         fixes: bool = False,
         streams: bool = False,
+        secant: bool = False,
         embeds: Tensor | None = None,
         here: Activations | None = None,
     ) -> None:
         self.m, self.recorded, self.pairs, self.groups, self.there = recorded.m, recorded, pairs, groups, there
-        self.notes: dict[int, str] = {}
+        self.secant, self.alone, self.notes = secant, fixes, dict[int, str]()
         self.queries: dict[int, QueryMoves] = {}
         self.keys: dict[int, KeyMoves] = {}
         self.routers: dict[int, Tensor] = {}
@@ -78,6 +82,7 @@ class Linear:
         sites |= {Site(n, i) for i in more for n in ("expert_ids", "expert_weight", "expert_out")}
         if streams:
             sites |= {Site(n, i) for i in range(self.m.n_layers) for n in ("resid_pre", "resid_post")}
+        sites |= {Site("embed")} if secant else set()
         self.run = self._forward(sorted(sites), more, embeds)
         self.here = here or self.run
         for layer in attending:
@@ -85,19 +90,24 @@ class Linear:
 
     # -- the run -----------------------------------------------------------------------------------------------
     def _forward(self, sites: list[Site], more: dict[int, Tensor], embeds: Tensor | None) -> Activations:
-        base = _rows(self.recorded.task.base, self.pairs)
+        base, n = _rows(self.recorded.task.base, self.pairs), len(self.pairs)
         base = base if embeds is None else Run(base.tokens, embeds)
-        every = torch.arange(len(self.pairs), device=self.m.device)
+        if self.secant:
+            base, more = self._beside(base), {i: torch.cat([ids, ids]) for i, ids in more.items()}
+        every = torch.arange(len(base), device=self.m.device)
         edits: list[Any] = [*given(base, every), *(w for i, ids in more.items() for w in Widened(i, ids).writes())]
         with ExitStack() as stack:
             stack.enter_context(self.m.using(Use(edits=edits)))
             if self.recorded.narrow:
                 stack.enter_context(resume.narrowed(self.m.hf, base.tokens.last))
+            if self.secant:
+                stack.enter_context(secants(self.m.hf, len(base), self._apart(), self.alone))
             acts = self.m.capture(base.tokens, sites, logits=True, grad=True)
         assert acts.logits is not None
+        self.graph, self.logits = acts.tensors, acts.logits
         # The metric is given every pair, since it may hold an answer for each: the others as they are.
         logits = self.recorded.logits.clone()
-        logits[self.pairs] = acts.logits.float()
+        logits[self.pairs] = acts.logits[:n].float()
         with torch.enable_grad():
             value = self.recorded.task.metric(logits, self.recorded.tokens)
             if not value.requires_grad:
@@ -106,7 +116,41 @@ class Linear:
                     "no_grad inside?), and estimates are made of gradients; use a smooth metric, or the exact `patch`"
                 )
             self.value = value[self.pairs].sum()
-        return acts
+        return replace(acts, tensors={s: t[:n] for s, t in acts.tensors.items()}) if self.secant else acts
+
+    def _beside(self, base: Run) -> Run:
+        """The rows of the base run, and under them those of the source run."""
+        task = self.recorded.task
+        both = base, _rows(task.source, self.pairs)
+        tokens = Tokens(torch.cat([run.tokens.ids for run in both]), torch.cat([run.tokens.mask for run in both]))
+        if all(run.embeds is None for run in both):
+            return Run(tokens)
+        rows = []
+        for run, whole in zip(both, (task.base, task.source), strict=True):
+            acts = None if run.embeds is not None else self.recorded.part(whole, self.pairs, [Site("embed")])[1]
+            rows.append(run.embeds if acts is None else acts[Site("embed")].detach())
+        return Run(tokens, torch.cat([row.to(self.m.dtype) for row in rows if row is not None]))
+
+    def _apart(self) -> list[Any]:
+        """Modules that sort tokens by expert, in which the two runs' rows do not lie side by side."""
+        names = ("router_logits", "expert_ids", "expert_weight", "expert_out")
+        found = {}
+        for (name, layer), place in self.m.anatomy.places.items():
+            if name in names and layer is not None:
+                found[id(place.module)] = place.module
+                self.notes[layer] = "routed experts and their router by their slope: the runs choose different experts"
+        return list(found.values())
+
+    def explained(self, gradient: Gradient) -> tuple[Tensor, Tensor]:
+        """Sum of the estimates of all embeddings, and the difference that the runs make to the metric [pair].
+
+        The two are equal where every step between is a secant. The metric itself goes by its slope.
+        """
+        n, embed = len(self.pairs), self.graph[Site("embed")].detach()
+        (slope,) = torch.autograd.grad([self.value], [self.logits], retain_graph=True)
+        gap = wide(slope[:n]) * wide(self.logits[n:] - self.logits[:n]).detach()
+        made = wide(gradient[Site("embed")]) * wide(embed[n:] - embed[:n])
+        return made.flatten(1).sum(1), gap.flatten(1).sum(1)
 
     def _attention(self, layer: int, bases: set[Site]) -> None:
         """What queries and keys of a layer do to its pattern, where the recipe of its scores is known."""
@@ -165,7 +209,8 @@ class Linear:
     @property
     def at(self) -> dict[Site, Tensor]:
         """The activations in the graph that estimates are made with."""
-        return {s: self.run[s] for s in sorted({self._through(g) for g in self.groups})}
+        sites = {self._through(g) for g in self.groups} | ({Site("embed")} if self.secant else set())
+        return {s: self.graph[s] for s in sorted(sites)}
 
     def _through(self, g: Group) -> Site:
         """Where the gradient is taken that a group is estimated with: behind the softmax or choice, if it is fixed.
@@ -180,7 +225,8 @@ class Linear:
 
     def gradient(self) -> Gradient:
         """dL / d activation at every site that estimates are made with."""
-        return graddrop.gradients(self.value, None, self.at)
+        found = graddrop.gradients(self.value, None, self.at)
+        return {s: g[: len(self.pairs)] for s, g in found.items()} if self.secant else found
 
     def dropped(self, levels: Levels, n_nodes: int, apart: bool = False) -> tuple[Tensor, Tensor]:
         """Signed estimates by the whole gradient, and GradDrop's scores [node, pair].

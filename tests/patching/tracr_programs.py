@@ -29,6 +29,8 @@ def program(name: str) -> tuple[Any, set[Any], int]:
         return lib.make_frac_prevs((rasp.tokens == "x").named("is_x")), {"x", "y", "z"}, 5
     if name == "sort":
         return lib.make_sort_unique(rasp.tokens, rasp.tokens), {1, 2, 3, 4, 5}, 4
+    if name == "hist":  # how often does this letter occur?
+        return lib.make_hist(), {"a", "b", "c", "d"}, 4
     if name == "lookup":  # where does the letter stand that comes next in the alphabet, which is a circle?
         comes_next = rasp.Select(rasp.tokens, rasp.tokens, lambda key, query: key == NEXT[query])
         return rasp.Aggregate(comes_next, rasp.indices).named("lookup"), set(NEXT), 5
