@@ -52,15 +52,17 @@ def stand_in() -> Any:
 def cheap(stand_in: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What stands in for real models, corpora and pairs while a page runs."""
     import interp
+    import steering
     from interp import corpora, patching
     from interp.demo_texts import PARAGRAPHS
 
-    load, ioi = interp.load, patching.builders.ioi
+    load, ioi, pairs = interp.load, patching.builders.ioi, steering.example_pairs
     labels = ("law", "maths", "python")
     few = {label: list(texts) * 2 for label, texts in zip(labels, PARAGRAPHS.values(), strict=False)}
     monkeypatch.setattr(interp, "load", lambda name, *a, **k: stand_in if name == "smollm2" else load(name, *a, **k))
     monkeypatch.setattr(corpora, "load", lambda *a, **k: few)
     monkeypatch.setattr(patching.builders, "ioi", lambda m, n=1, seed=0: ioi(m, 1, seed))
+    monkeypatch.setattr(steering, "example_pairs", lambda name: pairs(name)[:18])
     monkeypatch.chdir(tmp_path)
 
 
@@ -84,13 +86,11 @@ def of_the_reader(stand_in: Any, tmp_path_factory: pytest.TempPathFactory) -> di
     from interp.demo_texts import PARAGRAPHS
 
     texts, others = ((list(group) * 3)[:8] for group in list(PARAGRAPHS.values())[:2])
-    triples = steering.example_pairs("mood")
     ds = store.write(stand_in, texts, ["resid_post[15]"], tmp_path_factory.mktemp("ds") / "acts", progress=False)
     y = np.array([0, 1] * 20)
     names = {
         "interp": interp, "steering": steering, "m": stand_in, "texts": texts, "others": others, "ds": ds,
-        "labels": ["a", "b"] * 4, "templates": list("aabbccdd"), "held_out": triples[16:18], "y": y,
-        "prompt": triples[0][0], "kind_answer": triples[0][1], "unkind_answer": triples[0][2],
+        "labels": ["a", "b"] * 4, "templates": list("aabbccdd"), "y": y,
         "X": np.random.default_rng(0).normal(size=(40, 8)) + y[:, None], "x": torch.randn(200, stand_in.d_model),
         "moe": interp.load("tiny:olmoe", stand_in.tokenizer, vocab_size=stand_in.d_vocab, max_position_embeddings=512),
     }  # fmt: skip
@@ -106,8 +106,6 @@ TOO_LARGE = {
     "probes.by_layer(m, texts": "it takes one label for each of the reader's texts",
     "store.write(m, texts": "it takes one label for each of the reader's texts",
 }
-#: What the README abbreviates, as a reader writes it: "and so on".
-ABBREVIATED = {"), ...]": ")] * 4"}
 
 
 @pytest.mark.parametrize(
@@ -119,8 +117,6 @@ def test_the_code_of_the_readme_runs(line: int, code: str, of_the_reader: dict[s
     for start, why in TOO_LARGE.items():
         if start in code:
             pytest.skip(f"not run on stand-ins: {why}")
-    for short, whole in ABBREVIATED.items():
-        code = code.replace(short, whole)
     run(code, ROOT / "README.md", line, dict(of_the_reader))
 
 
