@@ -41,6 +41,12 @@ def matched(stats: RoutingStats, chosen: ExpertSet, generator: torch.Generator, 
     return ExpertSet._of(chosen, ids, {"rule": "random", "matched": "layer and frequency", "for": chosen.record})
 
 
+def has_controls(stats: RoutingStats, chosen: ExpertSet) -> bool:
+    """True if every layer has as many unchosen units as chosen ones, so that `matched` can draw."""
+    size = stats.probability.shape[-1]
+    return all(2 * len(units) <= size for units in chosen.ids.values())
+
+
 def frequency(stats: RoutingStats, chosen: ExpertSet) -> float:
     """Routing mass of a set, per token and layer, averaged over labels: what controls are matched on."""
     p = stats.probability.mean(0)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from interp.experts.batches import Corpus, Labelled, corpus
+from interp.experts.controls import has_controls
 from interp.experts.evaluate import evaluate
 from interp.experts.losses import Losses, losses
 from interp.experts.select import select_or_none
@@ -65,7 +66,8 @@ def remove_each(
         scored: "target" scores controls on the removed label only (quick), "all" on every label.
 
     Returns the Tables of `evaluate` one below the other, with a column `removed` in front. A label for which no unit
-    meets the rule keeps its lines, with 0 units and no change.
+    meets the rule keeps its lines, with 0 units and no change; one that takes more than half of a layer, which leaves
+    too few units to draw controls from, has no lines of baseline "random".
     """
     import pandas as pd
 
@@ -80,9 +82,11 @@ def remove_each(
         before = before or losses(model, data, batch_tokens=batch_tokens)
         for number, label in enumerate(labels):
             chosen = select_or_none(stats, label, rule, settings)
-            say(f"removing {label} ({number + 1} of {len(labels)}): {len(chosen):,} units, {controls} controls")
+            drawn = controls if has_controls(stats, chosen) else 0
+            beside = f"{drawn} controls" if drawn or not controls else "no controls (more than half of a layer)"
+            say(f"removing {label} ({number + 1} of {len(labels)}): {len(chosen):,} units, {beside}")
             part = evaluate(
-                model, chosen, data, controls=controls, stats=stats, before=before, batch_tokens=batch_tokens,
+                model, chosen, data, controls=drawn, stats=stats, before=before, batch_tokens=batch_tokens,
                 seed=seed, scored=label if scored == "target" else "all",
             )  # fmt: skip
             part.insert(0, "removed", label)

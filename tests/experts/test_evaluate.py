@@ -201,6 +201,15 @@ def test_a_label_without_units_is_a_result_in_a_sweep(monet: Any, texts: dict[st
     assert (table["value"] == 0).all()
 
 
+def test_a_sweep_goes_on_where_too_few_units_are_left_as_controls(monet: Any, texts: dict[str, list[str]]) -> None:
+    stats = experts.routing(monet, texts)
+    said: list[str] = []
+    table = experts.remove_each(monet, stats, texts, rule="top", labels=["law"], count=40, controls=2, say=said.append)
+    assert set(table["baseline"]) == {"none"}
+    assert said == ["removing law (1 of 1): 160 units, no controls (more than half of a layer)"]
+    assert experts.summary(table)["random"].isna().all()
+
+
 def test_frontier_and_equal_damage(monet: Any, texts: dict[str, list[str]]) -> None:
     import pandas as pd
 
