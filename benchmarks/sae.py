@@ -5,11 +5,11 @@
     python benchmarks/sae.py --curve --steps 200 --seeds 3      # the same loss curve: final FVU of both
 
 Both train the same SAE: SAELens's initial weights, its parameterisation (free decoder norms, choices made as if they
-were 1), its learning rate, Adam and batches of 4096 activations of width 576 (sums of 24 of 2048 random directions,
-with exponential amounts). SAELens's step is its own `SAETrainer.step`; with ``--bfloat16`` also with autocast,
-beside our choice of latents in bfloat16, and the best of each counts. In each round every method makes one step, in
-shuffled order. What counts is the ratio of the fastest rounds and of the medians; CPU time (all threads) is beside it,
-since it does not grow while a neighbour has the processor.
+were 1), its learning rate, its clipping of gradients, Adam and batches of 4096 activations of width 576 (sums of 24 of
+2048 random directions, with exponential amounts). SAELens's step is its own `SAETrainer.step`; with ``--bfloat16`` also
+with autocast, beside our choice of latents in bfloat16, and the best of each counts. In each round every method makes
+one step, in shuffled order. What counts is the ratio of the fastest rounds and of the medians; CPU time (all threads)
+is beside it, since it does not grow while a neighbour has the processor.
 """
 
 from __future__ import annotations
@@ -86,10 +86,12 @@ def ours(
 ) -> Trainer:
     """Our trainer with the weights and the parameterisation of SAELens's trainer `like`."""
     free = arch != "mp"
+    # SAELens clips every gradient to norm 1; our loss of these is its divided by the variance
+    variance = float((pool - pool.mean(0)).square().sum(1).mean()) if arch in (*TOPK, "mp") else 1.0
     s = complete(Settings(
         arch, D_IN, D_IN, d_sae, k=K if arch in (*TOPK, "mp") else None, lr=3e-4, beta1=0.9, eps=1e-8, decay=0.0,
         batch_size=batch, tokens=tokens, decoder_norm="free" if free else "unit", init_norm=0.1 if free else 1.0,
-        centre="zero", aux=1.0, dead_after=1000 * batch, scale=False, outliers=None, clip=None, seed=seed,
+        centre="zero", aux=1.0, dead_after=1000 * batch, scale=False, outliers=None, clip=1 / variance, seed=seed,
         encode=encode, sparsity=1.0 if arch not in TOPK else None, sparsity_warmup=0.0, bandwidth=0.05, threshold=0.01,
     ))  # fmt: skip
     trainer = Trainer(s, ("x",), ("x",), {"x": pool[:8192]})
