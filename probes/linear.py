@@ -28,12 +28,14 @@ def standardised(X: np.ndarray, standardize: bool) -> tuple[torch.Tensor, np.nda
     sums in float64; centring before any product keeps float32 exact where a feature's mean dwarfs its spread.
     """
     x = torch.from_numpy(np.require(X, requirements=["C", "W"]))
-    shift = x[:BLOCK].mean(0)  # near the mean, so that sums of squares lose nothing in float32
+    parts = x.split(BLOCK)
+    shift = parts[0].mean(0)  # near the mean, so that sums of squares lose nothing in float32
     total, square = torch.zeros(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64)
-    for part in x.split(BLOCK):
-        part, one = part - shift, part.new_ones(len(part))
-        total += one @ part
-        square += one @ part.square_()
+    spare, ones = torch.empty_like(parts[0]), x.new_ones(len(parts[0]))
+    for part in parts:
+        centred, one = torch.sub(part, shift, out=spare[: len(part)]), ones[: len(part)]
+        total += one @ centred
+        square += one @ centred.square_()
     gap = total / len(x)
     mean, deviation = shift + gap, (square / len(x) - gap**2).clamp(min=0).sqrt()
     if standardize:
@@ -41,8 +43,10 @@ def standardised(X: np.ndarray, standardize: bool) -> tuple[torch.Tensor, np.nda
         deviation[still] = 1.0
     else:
         deviation = torch.ones_like(deviation)
-    out, centre, factor = torch.empty_like(x), mean.to(x.dtype), (1 / deviation).to(x.dtype)
-    for part, target in zip(x.split(BLOCK), out.split(BLOCK), strict=True):
+    # numpy asks for huge pages: to touch torch's own new memory for the first time costs more than to fill it.
+    out = torch.from_numpy(np.empty(X.shape, X.dtype))
+    centre, factor = mean.to(x.dtype), (1 / deviation).to(x.dtype)
+    for part, target in zip(parts, out.split(BLOCK), strict=True):
         torch.sub(part, centre, out=target).mul_(factor)
     # What was subtracted and multiplied, as it was: rounded to X's precision.
     return out, centre.double().numpy(), 1 / factor.double().numpy()

@@ -137,6 +137,8 @@ class _Problem:
             options={"maxiter": max_iter, "gtol": goal / scale, "ftol": rounding, "maxcor": 20},
         )  # fmt: skip
         w = to_w(found.x, scale)
+        if self.rows > 1:  # what all classes share changes no probability, only the penalty: at the minimum it is 0
+            w = w - w.mean(0)
         return Fit(w[:, : self.d].contiguous(), w[:, self.d].contiguous(), passes, found.nit < max_iter)
 
     def slope(self, w: Tensor, C: float) -> tuple[float, Tensor]:

@@ -68,6 +68,35 @@ def test_many_float32_rows_give_scikit_learns_minimum_too(classes):
     assert mine.n_iter_ < 20
 
 
+def easy(n: int = 60_000, d: int = 24):
+    """A question that a probe answers with certainty on nearly all rows, as of the texts that tokens stand in."""
+    rng = np.random.default_rng(0)
+    texts = rng.standard_normal((n // 100, d)).repeat(100, 0)
+    X = texts + 0.2 * rng.standard_normal((n, d))
+    return X.astype(np.float32), (texts @ rng.standard_normal(d) > 5).astype(int)
+
+
+def test_an_easy_question_takes_few_passes_and_ends_no_higher_than_scikit_learn():
+    X, y = easy()
+    mine = probes.LinearProbe(C=0.1, standardize=False).fit(X, y)
+    theirs = LogisticRegression(C=0.1, max_iter=1000).fit(X, y)
+
+    def objective(p):
+        score = X.astype(float) @ p.coef_[0].astype(float) + float(p.intercept_[0])
+        return 0.5 * (p.coef_.astype(float) ** 2).sum() + 0.1 * np.logaddexp(0, score * (1 - 2 * y)).sum()
+
+    assert objective(mine) <= objective(theirs) * (1 + 1e-7)
+    assert mine.n_iter_ < 15
+    assert mine.score(X, y) > 0.97
+
+
+def test_what_all_classes_share_is_nothing():
+    """A vector added to every class's changes no probability, so at the minimum of the penalty their sum is 0."""
+    X, y = data(4, n=20_000)
+    p = probes.LinearProbe(C=0.1, standardize=False).fit(X.astype(np.float32), y)
+    assert np.abs(p.coef_.sum(0)).max() < 1e-5 * np.abs(p.coef_).max()
+
+
 def test_the_others_too_on_many_float32_rows():
     rng = np.random.default_rng(0)
     z = rng.standard_normal((100_000, 24), dtype=np.float32)
