@@ -27,8 +27,9 @@ from torch import Tensor
 
 from interp.activations import Tokens
 from interp.edits import Edit
-from interp.hooks.skipping import recorded, skipped
+from interp.hooks.resume import copied, forms, outputs, resumed
 from interp.model import Use
+from interp.progress import bar
 from interp.scope import Columns
 from steering.errors import SteeringError
 from steering.pairs import Passage
@@ -147,8 +148,10 @@ def log_likelihoods(
     """Log-probability of each passage's answer under each run; arguments as for `continued`."""
     nats = {key: torch.zeros(len(passages), dtype=torch.float64) for key in runs}
     stream = continued(m, passages, runs, batch_tokens=batch_tokens, share=share)
-    for part in stream:
-        nats[part.run][part.rows] = part.nats.double().sum(1).cpu()
+    with bar("scoring", len(passages) * len(runs)) as advance:
+        for part in stream:
+            nats[part.run][part.rows] = part.nats.double().sum(1).cpu()
+            advance(len(part.rows))
     return Scores(nats, torch.tensor([len(p.ids) - p.answer for p in passages]), stream.literal)
 
 
@@ -252,19 +255,20 @@ class _Batch:
         return [(layer.keys[self.owner], layer.values[self.owner]) for layer in cache.layers]
 
     @cached_property
-    def behind(self) -> list[Any]:
-        """What each layer returns, unedited, for the columns from `first` on."""
-        with recorded(self.m.anatomy.layers) as outputs:
+    def behind(self) -> tuple[list[Any], list[int]]:
+        """What each layer returns, unedited, for the columns from `first` on; and the layers' forms."""
+        with outputs(self.m.anatomy.layers) as found, forms(self.m.anatomy.layers) as shapes:
             self._rest()
-        return outputs
+        return found, shapes
 
     def shared(self, edits: Sequence[Edit]) -> Tensor:
         """Logits at the answers [row, answer, vocab]."""
         sites = [site for edit in edits for site in self.m.resolve(edit.site)]
         n = len(self.m.anatomy.layers)
         start = min((0 if s.name == "embed" else n if s.layer is None else s.layer for s in sites), default=n)
-        behind = self.behind  # computed here if not before: what is kept is unedited
-        with skipped(self.m.anatomy.layers, behind, start), self.m.intervene(*edits):
+        behind, shapes = self.behind  # computed here if not before: what is kept is unedited
+        stream = copied(behind[start - 1])  # the layers behind it may write into it
+        with resumed(self.m.anatomy.layers, start, stream, shapes), self.m.intervene(*edits):
             return self._rest()
 
     def _rest(self) -> Tensor:
