@@ -11,7 +11,7 @@ push of that size does something (Ravichander et al. 2021, arXiv:2005.00719, on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from interp import edits
 from interp.edits import Edit
 from interp.metrics import as_metric
+from interp.progress import bar
 from probes.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -95,19 +96,21 @@ def causal(
     where = str(m.resolve(site)[0])
     rng = np.random.default_rng(seed)
 
-    def curve(u: Tensor) -> np.ndarray:
+    def curve(u: Tensor, advance: Callable[[int], None]) -> np.ndarray:
         rows = []
         for k in strengths:
             with m.intervene(edits.add(where, k * unit * u, scope=scope)):
                 rows.append(measure.fn(m(tokens), tokens).float().cpu().numpy())
+            advance(1)
         return np.stack(rows)  # [strength, input]
 
-    mine = curve(direction(probe))
     width = len(direction(probe))
     others = []
-    for _ in range(controls):
-        draw = torch.from_numpy(rng.standard_normal(width)).float()
-        others.append(curve(draw / draw.norm()).mean(1))
+    with bar("pushing", (1 + controls) * len(strengths)) as advance:
+        mine = curve(direction(probe), advance)
+        for _ in range(controls):
+            draw = torch.from_numpy(rng.standard_normal(width)).float()
+            others.append(curve(draw / draw.norm(), advance).mean(1))
     null = np.array(others).reshape(controls, len(strengths))
     ks = np.asarray(strengths, float)
     slope = float(np.polyfit(ks, mine.mean(1), 1)[0])

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from interp.metrics import Metric, last_logits
+from interp.progress import bar
 from probes.errors import ProbeError
 from probes.question_bank import BANK, Source
 
@@ -260,11 +261,15 @@ def ask(
     # Where something is read best is seldom where it works best: the layer to push at is chosen on half of the prompts.
     choose, score = question.prompts[::2], question.prompts[1::2]
     slopes, units = {}, {}
-    for node in readable.node:
-        probe = found.probes[node]
-        units[node] = float((found.read[node][found.parts.train] @ probe.direction_).std())
-        tried = causal(m, probe, node, choose, metric, unit=units[node], strengths=(-2, 2), controls=0, scope="last")
-        slopes[node] = tried.attrs["slope"]
+    with bar("choosing where to push", len(readable)) as advance:
+        for node in readable.node:
+            probe = found.probes[node]
+            units[node] = float((found.read[node][found.parts.train] @ probe.direction_).std())
+            tried = causal(
+                m, probe, node, choose, metric, unit=units[node], strengths=(-2, 2), controls=0, scope="last"
+            )
+            slopes[node] = tried.attrs["slope"]
+            advance(1)
     node = max(slopes, key=lambda n: slopes[n])
     moved = causal(
         m, found.probes[node], node, score, metric, unit=units[node], controls=controls, scope="last", seed=seed

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from interp.progress import bar
 from interp.sites import Site
 from probes.errors import ProbeError
 
@@ -90,18 +91,20 @@ def features(
     collected: dict[str, list[Tensor]] = {name: [] for name in readers}
     owner: list[np.ndarray] = []
     position: list[np.ndarray] = []
-    for start, tokens in _batches(m, texts, batch_size, max_length):
-        acts = m.capture(tokens, read, check=False)
-        mask = tokens.mask.cpu()
-        for name, reader in readers.items():
-            collected[name].append(_take(reader(acts, mask).float().cpu(), mask, at, skip_first))
-        if at == "all":
-            row, _ = mask.nonzero(as_tuple=True)
-            owner.append(row.numpy() + start)
-            position.append(tokens.position.cpu()[mask].numpy())
-        else:
-            owner.append(np.arange(len(mask)) + start)
-            position.append(np.full(len(mask), -1))
+    with bar("reading", 1 if isinstance(texts, str) else len(texts)) as advance:
+        for start, tokens in _batches(m, texts, batch_size, max_length):
+            acts = m.capture(tokens, read, check=False)
+            mask = tokens.mask.cpu()
+            for name, reader in readers.items():
+                collected[name].append(_take(reader(acts, mask).float().cpu(), mask, at, skip_first))
+            if at == "all":
+                row, _ = mask.nonzero(as_tuple=True)
+                owner.append(row.numpy() + start)
+                position.append(tokens.position.cpu()[mask].numpy())
+            else:
+                owner.append(np.arange(len(mask)) + start)
+                position.append(np.full(len(mask), -1))
+            advance(len(mask))
     values = {site: torch.cat(parts).numpy() for site, parts in collected.items()}
     for site, value in values.items():
         if not np.isfinite(value).all():

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.progress import bar
 from probes.errors import ProbeError
 from probes.reading import Features, features
 from probes.scores import Interval, accuracy, balanced_accuracy, description_length, interval
@@ -143,7 +144,13 @@ class _Study:
         return other
 
     def rows(self, read: Features, baseline: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        found = {node: self.row(node, value, baseline) for node, value in read.values.items()}
+        found = {}
+        with bar(
+            "fitting probes" if baseline == "none" else f"fitting probes, {baseline}", len(read.values)
+        ) as advance:
+            for node, value in read.values.items():
+                found[node] = self.row(node, value, baseline)
+                advance(1)
         return [row for row, _ in found.values()], {node: fitted for node, (_, fitted) in found.items()}
 
     def row(self, node: str, X: np.ndarray, baseline: str) -> tuple[dict[str, Any], Any]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from interp.edits import Edit
+from interp.progress import bar
 from steering import pairs as _pairs
 from steering.baselines import random_like
 from steering.continuation import divergences, log_likelihoods
@@ -94,12 +95,14 @@ def token_kl(
     width = max(len(p.ids) - p.answer for p in passages)
     kl, nats = ({key: torch.zeros(len(passages), width, dtype=torch.float64) for key in runs} for _ in range(2))
     mask = torch.zeros(len(passages), width, dtype=torch.bool)
-    for part, logp, each in divergences(m, passages, runs, batch_tokens=batch_tokens):
-        rows, n = torch.tensor(part.rows), part.mask.shape[1]
-        kl[part.run][rows, :n] = each.double().cpu()
-        token = logp.gather(-1, part.targets[..., None])[..., 0]
-        nats[part.run][rows, :n] = token.masked_fill(~part.mask, 0).double().cpu()
-        mask[rows, :n] = part.mask.cpu()
+    with bar("measuring damage", len(passages) * len(runs)) as advance:
+        for part, logp, each in divergences(m, passages, runs, batch_tokens=batch_tokens):
+            rows, n = torch.tensor(part.rows), part.mask.shape[1]
+            kl[part.run][rows, :n] = each.double().cpu()
+            token = logp.gather(-1, part.targets[..., None])[..., 0]
+            nats[part.run][rows, :n] = token.masked_fill(~part.mask, 0).double().cpu()
+            mask[rows, :n] = part.mask.cpu()
+            advance(len(rows))
     return kl, nats, mask
 
 
@@ -149,31 +152,33 @@ def fluency(
     given = [_pairs.chat_text(m, p) if chat else p for p in prompts]
     if not given:
         raise SteeringError("prompts: the list is empty; give at least one")
-    rows, texts = [], []
-    for k in check_multipliers(multipliers):
-        torch.manual_seed(seed)
-        with m.intervene(*((v * k).as_edits(m) if k else [])):
-            # the template's text brings its special tokens with it
-            tokens = m.tokens(given, special=not chat)
-            out = m.generate(tokens, max_new_tokens=max_new_tokens, **how)
-        passages = []
-        for row, text in enumerate(out.texts):
-            if judge is not m:  # which cuts text into tokens of its own
-                passages.append(_pairs.passage(judge, given[row], text or " "))
-                continue
-            new = [i for i in out.new_ids[row].tolist() if i != getattr(m.tokenizer, "pad_token_id", None)]
-            passages.append(
-                Passage((*tokens.row(row).tolist(), *(new or [out.new_ids[row, 0].item()])), len(tokens.row(row)))
+    rows, texts, ks = [], [], check_multipliers(multipliers)
+    with bar("writing", len(ks)) as advance:
+        for k in ks:
+            torch.manual_seed(seed)
+            with m.intervene(*((v * k).as_edits(m) if k else [])):
+                # the template's text brings its special tokens with it
+                tokens = m.tokens(given, special=not chat)
+                out = m.generate(tokens, max_new_tokens=max_new_tokens, **how)
+            passages = []
+            for row, text in enumerate(out.texts):
+                if judge is not m:  # which cuts text into tokens of its own
+                    passages.append(_pairs.passage(judge, given[row], text or " "))
+                    continue
+                new = [i for i in out.new_ids[row].tolist() if i != getattr(m.tokenizer, "pad_token_id", None)]
+                passages.append(
+                    Passage((*tokens.row(row).tolist(), *(new or [out.new_ids[row, 0].item()])), len(tokens.row(row)))
+                )
+            scores = log_likelihoods(judge, passages, {0.0: []})
+            loss = -scores.nats[0.0] / scores.tokens
+            rows.append(_row(k, "none", "output_perplexity", nan, float(loss.mean().exp()),
+                             tuple(np.exp(bootstrap(loss.numpy(), seed=seed))), len(loss)))  # fmt: skip
+            distinct = [_distinct(p.ids[p.answer :]) for p in passages]
+            rows.append(
+                _row(k, "none", "distinct", nan, float(np.mean(distinct)), bootstrap(distinct, seed=seed), len(loss))
             )
-        scores = log_likelihoods(judge, passages, {0.0: []})
-        loss = -scores.nats[0.0] / scores.tokens
-        rows.append(_row(k, "none", "output_perplexity", nan, float(loss.mean().exp()),
-                         tuple(np.exp(bootstrap(loss.numpy(), seed=seed))), len(loss)))  # fmt: skip
-        distinct = [_distinct(p.ids[p.answer :]) for p in passages]
-        rows.append(
-            _row(k, "none", "distinct", nan, float(np.mean(distinct)), bootstrap(distinct, seed=seed), len(loss))
-        )
-        texts += [{"multiplier": k, "prompt": p, "text": t} for p, t in zip(prompts, out.texts, strict=True)]
+            texts += [{"multiplier": k, "prompt": p, "text": t} for p, t in zip(prompts, out.texts, strict=True)]
+            advance(1)
     about = {"judge": judge.name, "max_new_tokens": max_new_tokens, "chat": chat}
     return _table(rows, m, v, about), pd.DataFrame(texts)
 

@@ -57,11 +57,12 @@ def to_hook(m: Any, v: SteeringMap, out: str | os.PathLike[str]) -> Path:
         lines.append(f"    ({names[id(module)]!r}, {SCOPES[part.scope.text]!r}, {i}),  # {part.site}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        tensors, folder / "steer.safetensors", {"model": m.name, "fingerprint": v.fingerprint, "method": v.method}
-    )
     text = _FILE.replace("@ABOUT@", _plain(f"{v.method} on {m.name}")).replace("@PARTS@", "\n".join(lines))
-    (folder / "steer.py").write_text(text, encoding="utf-8")
+    partial = folder / ".steer.partial"  # each file is whole or absent, and the code comes last
+    save_file(tensors, partial, {"model": m.name, "fingerprint": v.fingerprint, "method": v.method})
+    os.replace(partial, folder / "steer.safetensors")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, folder / "steer.py")
     return folder / "steer.py"
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from interp.progress import bar
 from steering import pairs as _pairs
 from steering.continuation import continued
 from steering.errors import SteeringError
@@ -74,9 +75,11 @@ def ab(
     second = _letter(m, text, letters[1], head, chat)
     runs = {k: (v * k).as_edits(m) if k else [] for k in ks}
     p = {k: np.zeros((len(passages), 2)) for k in ks}
-    for part in continued(m, passages, runs, batch_tokens=batch_tokens):
-        probability = part.logits[:, 0].float().softmax(-1)[:, torch.tensor([first, second])]
-        p[part.run][part.rows] = probability.double().cpu().numpy()
+    with bar("asking", len(passages) * len(runs)) as advance:
+        for part in continued(m, passages, runs, batch_tokens=batch_tokens):
+            probability = part.logits[:, 0].float().softmax(-1)[:, torch.tensor([first, second])]
+            p[part.run][part.rows] = probability.double().cpu().numpy()
+            advance(len(part.rows))
     rows: list[dict[str, Any]] = []
     for k in ks:
         mass = p[k].sum(1)

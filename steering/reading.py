@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.progress import bar
 from interp.sites import Site
 from steering.errors import SteeringError
 from steering.pairs import Passage, sides
@@ -90,21 +91,18 @@ def read(
     activation is not finite.
     """
     out: dict[str, Tensor] = {}
-    for rows, tokens, acts in _batches(m, passages, sites, batch_tokens):
-        picks = [weights(passages[i], at) for i in rows]
-        pick = torch.zeros(len(rows), len(picks[0]), tokens.mask.shape[1], device=tokens.mask.device)
-        for b, lines in enumerate(picks):
-            for o, line in enumerate(lines):
-                for column, weight in line:
-                    pick[b, o, column] = weight
-        for site in sites:
-            h = acts[site].float()
-            got = torch.einsum("bop,bp...->bo...", pick, h.masked_fill(~_spread(tokens.mask, h), 0)).cpu()
-            if not bool(torch.isfinite(got).all()):
-                raise SteeringError(f"{site}: {m.name} gives activations that are not finite on these texts")
-            if site not in out:
-                out[site] = got.new_zeros(len(passages), *got.shape[1:])
-            out[site][torch.tensor(rows)] = got
+    with bar("reading", len(passages)) as advance:
+        for rows, tokens, acts in _batches(m, passages, sites, batch_tokens):
+            pick = _picks([weights(passages[i], at) for i in rows], tokens.mask)
+            for site in sites:
+                h = acts[site].float()
+                got = torch.einsum("bop,bp...->bo...", pick, h.masked_fill(~_spread(tokens.mask, h), 0)).cpu()
+                if not bool(torch.isfinite(got).all()):
+                    raise SteeringError(f"{site}: {m.name} gives activations that are not finite on these texts")
+                if site not in out:
+                    out[site] = got.new_zeros(len(passages), *got.shape[1:])
+                out[site][torch.tensor(rows)] = got
+            advance(len(rows))
     return out if isinstance(at, Sequence) and not isinstance(at, str) else {s: v[:, 0] for s, v in out.items()}
 
 
@@ -158,6 +156,16 @@ def _batches(
         rows, order = order[:n], order[n:]
         tokens = m.tokens([list(passages[i].ids) for i in rows])
         yield rows, tokens, m.capture(tokens, sites, check=False)
+
+
+def _picks(rows: list[list[list[tuple[int, float]]]], mask: Tensor) -> Tensor:
+    """Weights of the tokens of each row to be made [passage, made, pos]."""
+    pick = torch.zeros(len(rows), len(rows[0]), mask.shape[1], device=mask.device)
+    for b, lines in enumerate(rows):
+        for o, line in enumerate(lines):
+            for column, weight in line:
+                pick[b, o, column] = weight
+    return pick
 
 
 def _spread(mask: Tensor, h: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ class Report:
         """Writes the page; gives its path."""
         text, target = self.to_html(), Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        partial = target.with_name(f".{target.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
         return target
 
 

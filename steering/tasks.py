@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from interp.edits import Edit
+from interp.progress import bar
 from steering.continuation import continued
 from steering.errors import SteeringError
 from steering.pairs import Passage, passage
@@ -96,8 +97,10 @@ def hits(
 ) -> dict[Any, list[bool]]:
     """`right` under many sets of edits at once, by their keys; what precedes the edits is run but once."""
     found = {key: [False] * len(items) for key in runs}
-    for part in continued(m, first_token(m, items), runs, batch_tokens=batch_tokens):
-        each = (part.logits[:, 0].argmax(-1) == part.targets[:, 0]).tolist()
-        for row, hit in zip(part.rows, each, strict=True):
-            found[part.run][row] = hit
+    with bar("asking", len(items) * len(runs)) as advance:
+        for part in continued(m, first_token(m, items), runs, batch_tokens=batch_tokens):
+            each = (part.logits[:, 0].argmax(-1) == part.targets[:, 0]).tolist()
+            for row, hit in zip(part.rows, each, strict=True):
+                found[part.run][row] = hit
+            advance(len(part.rows))
     return found

@@ -8,6 +8,7 @@ import torch
 
 import interp
 import probes
+from interp import progress
 from interp.activations import Tokens
 from probes.concepts import sensitivities
 
@@ -41,6 +42,20 @@ def test_the_data_is_read_once(monkeypatch):
     monkeypatch.setattr(type(m), "capture", lambda self, *a, **k: calls.append(1) or capture(self, *a, **k))
     probes.by_site(m, tokens, y, ["resid_post[*]", "z[*, head=*]"], batch_size=300)
     assert len(calls) == 1
+
+
+def test_long_sweeps_show_how_far_they_are(monkeypatch, capfd):
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setenv(progress.VARIABLE, "1")
+    m = interp.load("tiny:llama")
+    tokens, y = examples(m, 60)
+    probes.by_layer(m, tokens, y, controls=())
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "reading" in err
+    assert "60/60" in err
+    assert "fitting probes" in err
+    assert f"{m.n_layers}/{m.n_layers}" in err
 
 
 def test_heads_are_probed_one_by_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import interp
 import steering
+from interp import progress
 from steering import SteeringError, SteeringVector, plots
 from steering.lettered import ab
 from steering.report import COLUMNS, Report, report
@@ -163,3 +165,28 @@ def test_another_model_judges_in_its_own_tokens():
         loss.append(-float(torch.stack([logp[i - 1, ids[i]] for i in range(start, len(ids))]).mean()))
     value = table[table.metric == "output_perplexity"].value.iloc[0]
     assert value == pytest.approx(float(torch.tensor(loss).mean().exp()), rel=1e-3)
+
+
+def test_an_interrupt_leaves_no_half_page(found, tmp_path, monkeypatch):
+    page = found.save(tmp_path / "report.html")
+    before, write = page.read_text(), Path.write_text
+
+    def interrupted(self, text, **how):
+        write(self, text[:1000], **how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found.save(page)
+    assert page.read_text() == before
+
+
+def test_long_scoring_shows_how_far_it_is(monkeypatch, capfd):
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setenv(progress.VARIABLE, "1")
+    m = worded()
+    steering.evaluate(m, steering.caa(m, PAIRS, layer=1), PAIRS[:4], [-1, 0, 1], controls=3)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "scoring" in err
+    assert "48/48" in err  # four pairs of answers, under nothing, the vector both ways and three draws
