@@ -29,10 +29,10 @@ class Skipped(nn.Module):
     Args:
         layer: the layer that is skipped; what else the model asks of it (its kind of attention, ...), it still answers.
         form: how many values the layer returns; 0 for a bare tensor.
-        stream: what to hand on in the place of the input.
+        stream: what to hand on in the place of the input; a tuple is the layer's whole output.
     """
 
-    def __init__(self, layer: nn.Module, form: int, stream: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Module, form: int, stream: Any = None) -> None:
         super().__init__()
         self.layer, self.form = layer, form
         object.__setattr__(self, "stream", stream)
@@ -47,12 +47,17 @@ class Skipped(nn.Module):
         stream = self.stream
         if stream is None:
             stream = args[0] if args else next(kwargs[n] for n in _NAMES if n in kwargs)
+        if isinstance(stream, tuple):
+            return stream
         return stream if not self.form else (stream, *[None] * (self.form - 1))
 
 
 @contextmanager
-def resumed(layers: nn.ModuleList, start: int, stream: Tensor, forms: list[int]) -> Iterator[None]:
-    """Skips the layers before `start`; layer `start` is given `stream` [batch, pos, d_model], and may write into it."""
+def resumed(layers: nn.ModuleList, start: int, stream: Any, forms: list[int]) -> Iterator[None]:
+    """Skips the layers before `start`; layer `start` is given `stream` [batch, pos, d_model], and may write into it.
+
+    Where layers hand on more than the stream (Monet's routing), pass all that layer start - 1 returned, from `outputs`.
+    """
     kept = list(layers[:start])
     try:
         for i, layer in enumerate(kept):
@@ -71,10 +76,17 @@ def forms(layers: nn.ModuleList) -> Iterator[list[int]]:
 
 
 @contextmanager
-def streams(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Keeps, for each layer that runs inside, the stream [batch, pos, d_model] that it returns, copied."""
-    with _noted(layers, lambda output: (output[0] if isinstance(output, tuple) else output).clone(), None) as found:
+def outputs(layers: nn.ModuleList) -> Iterator[list[Any]]:
+    """Keeps, copied, what each layer that runs inside returns: the stream, and what some families hand on beside it."""
+    with _noted(layers, copied, None) as found:
         yield found
+
+
+def copied(output: Any) -> Any:
+    """A layer's output that others may write into."""
+    if isinstance(output, tuple):
+        return tuple(copied(part) for part in output)
+    return output.clone() if isinstance(output, Tensor) else output
 
 
 @contextmanager
