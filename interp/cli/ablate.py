@@ -35,8 +35,8 @@ def command(
     kind: Annotated[Kind, typer.Option(help="What is switched off; neurons for a dense model.")] = "auto",
     mode: Annotated[Literal["zero"], typer.Option(help="zero: their contribution is taken out.")] = "zero",
     controls: Annotated[int, typer.Option(min=0, help="Random sets, matched on layer and frequency.")] = 20,
-    select_tokens: Annotated[int, typer.Option(min=100, help="Per label, to choose on.")] = 20_000,
-    score_tokens: Annotated[int, typer.Option(min=100, help="Per label, to score on.")] = 8_000,
+    select_tokens: Annotated[int, typer.Option(min=100, help="Per label, to choose on.")] = 10_000,
+    score_tokens: Annotated[int, typer.Option(min=100, help="Per label, to score on.")] = 4_000,
     report: Annotated[bool, typer.Option(help="Write the HTML heat map and the table (parquet) too.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Allow a rule that takes every expert of a layer.")] = False,
     seed: Annotated[int, typer.Option(help="Of controls and bootstrap.")] = 0,
@@ -81,7 +81,7 @@ def command(
     assert chosen is not None
     tell(f"{chosen!r}; scoring on the other split, with {controls} random controls")
     table = experts.evaluate(
-        opened, chosen, scoring, controls=controls, stats=stats, max_tokens=score_tokens, seed=seed
+        opened, chosen, scoring, controls=controls, stats=stats, max_tokens=score_tokens, scored=remove, seed=seed
     )
     table.insert(0, "removed", " + ".join(remove))
     files = _write(opened, chosen, table, out, report, tell) if out is not None else {}
@@ -166,25 +166,27 @@ def _write(model: Any, chosen: Any, table: pd.DataFrame, out: Path, report: bool
 
 
 def _show(table: pd.DataFrame, chosen: Any, remove: list[str], files: dict[str, str]) -> None:
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     console = stdout()
     shown = Table(title=f"{escape(chosen.name)} without {escape(' + '.join(remove))}: {len(chosen):,} of its units off "
-                  f"({chosen.share:.2%})", title_justify="left")  # fmt: skip
-    for column in ("label", "loss before", "after", "change", "95 % interval", "random", "perplexity", "accuracy"):
-        shown.add_column(column, justify="left" if column == "label" else "right")
+                  f"({chosen.share:.2%})", title_justify="left", box=box.SIMPLE_HEAD)  # fmt: skip
+    for column in ("label", "loss", "change", "95 %", "random", "accuracy"):
+        shown.add_column(column, justify="left" if column == "label" else "right", no_wrap=True)
     for label in dict.fromkeys(table["label"]):
         here = table[table["label"] == label].set_index(["metric", "baseline"])
-        loss, ppl, acc = (here.loc[(name, "none")] for name in ("loss", "perplexity", "accuracy"))
+        loss, acc = here.loc[("loss", "none")], here.loc[("accuracy", "none")]
         random = "" if ("loss", "random") not in here.index else f"{here.loc[('loss', 'random'), 'value']:+.3f}"
-        bold = "bold" if label in remove else ""
         shown.add_row(
-            escape(str(label)), f"{loss['before']:.3f}", f"{loss['after']:.3f}", f"{loss['value']:+.3f}",
-            f"{loss['low']:+.3f} to {loss['high']:+.3f}", random,
-            f"{ppl['before']:.1f} → {ppl['after']:.1f}", f"{acc['before']:.1%} → {acc['after']:.1%}", style=bold,
+            escape(str(label)), f"{loss['before']:.2f} → {loss['after']:.2f}", f"{loss['value']:+.3f}",
+            f"{loss['low']:+.2f}..{loss['high']:+.2f}", random, f"{acc['before']:.0%} → {acc['after']:.0%}",
+            style="bold" if label in remove else "",
         )  # fmt: skip
     console.print(shown)
-    console.print("loss: nats per token on held-out text; random: mean over matched random sets", highlight=False)
+    console.print(
+        "loss: nats per token on held-out text; random: its mean change without as many random experts", highlight=False
+    )
     for name, path in files.items():
         console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
