@@ -119,6 +119,8 @@ def collect(root: Path, rows: int = 200, but: Path | None = None) -> tuple[list[
         name = str(path.relative_to(root))
         if any(part.startswith(".") for part in Path(name).parts) or path.name == NAME or (but and path == but):
             continue
+        if path.name == "README.md" and path.with_name("card.json").is_file():
+            continue  # the same card, for people who look into the directory
         try:
             section = _section(path, name, rows)
         except (ValueError, OSError, ImportError) as error:

@@ -96,6 +96,10 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return "<br>".join(f"{escaped(k)}: {escaped(v)}" for k, v in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
+        if value and all(isinstance(v, Mapping) and v.keys() == value[0].keys() for v in value):  # a table's rows
+            head = "".join(f"<th>{escaped(k)}</th>" for k in value[0])
+            rows = "".join(f"<tr>{''.join(f'<td>{escaped(c)}</td>' for c in v.values())}</tr>" for v in value)
+            return f"<table><tr>{head}</tr>{rows}</table>"
         return "<br>".join(escaped(v) for v in value)
     return escaped(value)
 

@@ -99,6 +99,16 @@ def test_long_tables_say_what_is_left_out(tmp_path: Path) -> None:
     assert page.count("<tr>") == 1 + 7
 
 
+def test_a_card_that_is_there_twice_is_shown_once(tmp_path: Path) -> None:
+    card = Card("vector", "v", {"description": "a vector"})
+    for place in ("v", "other"):
+        (tmp_path / place).mkdir()
+    for name in ("card.json", "README.md"):
+        card.save(tmp_path / "v" / name)
+    card.save(tmp_path / "other" / "README.md")
+    assert [s.name for s in report.collect(tmp_path)[0]] == ["other/README.md", "v/card.json"]
+
+
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="no such directory"):
         report.write(tmp_path / "nowhere")

@@ -32,7 +32,7 @@ def domain_matrix(table: pd.DataFrame, title: str, metric: str = "loss") -> go.F
     names = {label: html.escape(str(label)) for label in columns}
     figure = make_subplots(
         rows=1, cols=2, column_widths=[0.68, 0.32], horizontal_spacing=0.16,
-        subplot_titles=(f"Change of {metric} on each kind of text", "Removed label, beside random experts"),
+        subplot_titles=(f"Change of {metric} on each kind of text", "Beside random experts"),
     )  # fmt: skip
     reach = float(grid.abs().max().max()) or 1.0
     figure.add_trace(
