@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def compare(title: str, m: interp.Model, sites: list[str], place: Callable[[Any], Any]) -> None:
-    """Prints what each way of reading adds to a plain pass; `place` is the module of a layer whose output says as much."""
+    """Prints what each way of reading adds to a plain pass; the output of a layer's `place` says as much as `sites`."""
     ids = torch.randint(0, 50, (1, 32))
     traced = m.nnsight()
 
