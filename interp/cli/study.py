@@ -104,11 +104,14 @@ def _write(model: Any, group: str, found: Any, out: Path) -> dict[str, str]:
 
 
 def show(summary: pd.DataFrame, title: str) -> None:
-    """Print a summary of `experts.summary`."""
+    """Print a summary of `experts.summary`, in 80 columns."""
     from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title=escape(title), title_justify="left")
+    def said(value: float, form: str) -> str:
+        return "" if value != value else format(value, form)  # NaN: nothing was off, or there were no controls
+
+    shown = Table(title=escape(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("removed", "experts", "damage", "95 %", "others", "ratio", "random", "/ random"):
         shown.add_column(column, justify="left" if column == "removed" else "right", no_wrap=True)
     for _, row in summary.iterrows():
@@ -116,8 +119,8 @@ def show(summary: pd.DataFrame, title: str) -> None:
         interval = f"{row['damage_low']:.2f}..{row['damage_high']:.2f}" if known else ""
         shown.add_row(
             escape(str(row["removed"])), f"{row['units']:,.0f}", f"{row['damage']:+.3f}", interval,
-            f"{row['spill']:.4f}", f"{row['selectivity']:.1f}", f"{row['random']:+.4f}",
-            f"{row['beyond_random']:.0f}", style="bold" if row["removed"] == "mean" else "",
+            f"{row['spill']:.4f}", said(row["selectivity"], ".1f"), said(row["random"], "+.4f"),
+            said(row["beyond_random"], ".0f"), style="bold" if row["removed"] == "mean" else "",
         )  # fmt: skip
     stdout().print(shown)
 
