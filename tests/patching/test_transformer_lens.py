@@ -25,7 +25,12 @@ def test_head_by_position_equals_transformer_lens(smollm2: interp.Model) -> None
     m = smollm2
     clean, corrupt = m.tokens(CLEAN).ids, m.tokens(CORRUPT).ids
     bridge = TransformerBridge.boot_transformers(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", hf_model=m.hf, tokenizer=m.tokenizer, device="cpu", dtype=torch.float32
+        # a model of its own: TransformerLens gives the output layer a bias and leaves it there
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        hf_model=interp.load("smollm2").hf,
+        tokenizer=m.tokenizer,
+        device="cpu",
+        dtype=torch.float32,
     )
     metric = metrics.logit_diff(*(m.tokenizer(w, add_special_tokens=False).input_ids[0] for w in (" Mary", " John")))
     draw = torch.Generator().manual_seed(0)
@@ -40,6 +45,6 @@ def test_head_by_position_equals_transformer_lens(smollm2: interp.Model) -> None
             bridge, corrupt, cache, lambda x: metric(x)[0], peer.layer_pos_head_vector_patch_setter, "z", index_df=index
         )
     sets = [[Node(Site("z", i, (("head", h),)), p)] for i, p, h in rows]
-    ours = effects(interp.load("smollm2"), clean, corrupt, metric, sets)[:, 0]
+    ours = effects(m, clean, corrupt, metric, sets)[:, 0]
     assert float(ours.abs().max()) > 1e-3
     assert float((ours - (theirs - before)).abs().max()) < 2e-4
