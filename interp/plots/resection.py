@@ -99,7 +99,7 @@ def frontiers(table: pd.DataFrame, title: str, damage: float | None = None) -> g
         )  # fmt: skip
     if damage is not None:
         figure.add_hline(y=damage, line_dash="dot", annotation_text=f"{damage:g} nats")
-    figure.update_xaxes(title_text="spill: mean |change| on the other labels (nats, log scale)", type="log")
-    figure.update_yaxes(title_text="damage: mean rise on the removed label (nats)")
+    figure.update_xaxes(title_text="spill: mean |change| of the other labels (nats)", type="log")
+    figure.update_yaxes(title_text="damage (nats)")
     figure.update_layout(title=html.escape(title), template=template(), font_size=13, height=480)
     return figure
