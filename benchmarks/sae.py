@@ -20,6 +20,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -131,6 +132,12 @@ def timed(arch: str, d_sae: int, batch: int, rounds: int, seconds: float, half: 
     return row
 
 
+def chosen(z: Tensor) -> Tensor:
+    """The K largest per row, on average over the batch."""
+    least = z.flatten().topk(K * len(z)).values[-1]
+    return z * (z >= least)
+
+
 def curve(arch: str, d_sae: int, batch: int, steps: int, seeds: int) -> list[dict[str, Any]]:
     """Final FVU on held-out activations after the same steps from the same weights."""
     pool = activations(32 * batch)
@@ -142,16 +149,21 @@ def curve(arch: str, d_sae: int, batch: int, steps: int, seeds: int) -> list[dic
         for _, x in zip(range(steps), deal(pool, batch, seed), strict=False):
             mine.step({"x": x})
             like.step(x)
-        total = (held - held.mean(0)).square().sum()
+
+        def error(out: Tensor) -> float:
+            return float((held - out).square().sum() / (held - held.mean(0)).square().sum())
+
         with torch.no_grad():
             inference = mine.finished()
-            a = float((held - inference(held)).square().sum() / total)
-            if arch in ("batchtopk", "matryoshka"):  # both by their inference threshold
-                z, p = None, like.sae.encode_with_hidden_pre(held)[1]
-                z = p.relu() * (p > like.sae.topk_threshold)
-                b = float((held - like.sae.decode(z)).square().sum() / total)
+            if arch in ("batchtopk", "matryoshka"):
+                # Both thresholds still move towards the choice that the batch makes, each in its own way, so with them
+                # the two differ in how many latents they use. What is trained, and compared, is the batch's own choice.
+                z, cut = replace(inference, threshold=torch.zeros(d_sae)).encode(held), inference.threshold
+                a = error(inference.decode(chosen(z / cut) * cut))
+                z = like.sae.encode_with_hidden_pre(held)[1].relu()
+                b = error(like.sae.decode(chosen(z)))
             else:
-                b = float((held - like.sae(held)).square().sum() / total)
+                a, b = error(inference(held)), error(like.sae(held))
         rows.append({"arch": arch, "d_sae": d_sae, "seed": seed, "steps": steps, "fvu, interp": round(a, 5),
                      "fvu, SAELens": round(b, 5), "relative difference": round(a / b - 1, 5)})  # fmt: skip
     return rows
