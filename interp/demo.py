@@ -68,6 +68,8 @@ def run(out: Path, say: Say = lambda message: None) -> Tour:
     moe = mixture(dense)
     say(f"reading the experts of {moe.name}")
     load = expert_load(moe, texts, labels)
+    for table, model in ((residual, dense), (attention, dense), (load, moe)):
+        table.attrs.update(model=model.name, fingerprint=model.fingerprint, texts=f"{len(texts)} paragraphs of interp")
 
     say("exporting both as activation datasets")
     datasets = []

@@ -4,8 +4,8 @@
     plots.save(figure, "run/damage.html")
     report.write("run")                                 run/run.html; on the command line: interp report run
 
-What is collected, by suffix: tables ``.parquet`` (settings in the file) and ``.csv``; figures ``.html`` that
-`interp.plots.save` wrote, ``.svg`` and ``.png``; cards (``card.json``, ``*.card.json``, and ``README.md`` with a card's
+What is collected, by suffix: tables ``.parquet`` (settings in the file), ``.csv``, ``.jsonl``; figures ``.html``
+that `interp.plots.save` wrote, ``.svg`` and ``.png``; cards (``card.json``, ``*.card.json``, and ``README.md`` with a card's
 front matter); notes ``.md``, ``.txt``. Beside each table stand the settings that made it and, where it knows one
 (``.attrs["remake"]``), the command that makes it again.
 
@@ -71,10 +71,12 @@ def save_table(table: pd.DataFrame, path: str | os.PathLike[str], remake: str | 
 
 
 def load_table(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """What `save_table` wrote, settings in ``.attrs``; a ``.csv`` has none."""
+    """What `save_table` wrote, settings in ``.attrs``; a ``.csv`` or ``.jsonl`` has none."""
     import pandas as pd
 
     place = Path(path)
+    if place.suffix == ".jsonl":
+        return pd.read_json(place, lines=True)
     return pd.read_csv(place) if place.suffix == ".csv" else pd.read_parquet(place)
 
 
@@ -100,8 +102,8 @@ def write(
     sections, passed = collect(root, rows, but=target)
     if not sections:
         raise ReportError(
-            f"{root}: nothing to report; it looks for tables (.parquet, .csv), figures (.html of interp.plots.save, "
-            ".png, .svg), cards and notes (.md, .txt)"
+            f"{root}: nothing to report; it looks for tables (.parquet, .csv, .jsonl), figures (.html of "
+            "interp.plots.save, .png, .svg), cards and notes (.md, .txt)"
         )
     page = assemble(title or root.resolve().name, sections, passed)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,7 @@ def collect(root: Path, rows: int = 200, but: Path | None = None) -> tuple[list[
 
 def _section(path: Path, name: str, rows: int) -> Section | None:
     """What a file becomes; None for one that has no place in a report."""
-    if path.suffix in (".parquet", ".csv"):
+    if path.suffix in (".parquet", ".csv", ".jsonl"):
         return table_section(name, load_table(path), rows)
     if path.suffix in _IMAGES:
         return image_section(name, path.read_bytes(), _IMAGES[path.suffix])

@@ -337,3 +337,69 @@ def test_demo_example_runs(run, smollm2, tmp_path, monkeypatch):
         removed = {row["removed"] for row in tour["resection"]}
         assert removed == {row["label"] for row in tour["resection"]} >= {"python", "docstrings"}
         assert len(tour["figures"]) == 2
+
+
+# what a command leaves
+
+
+WORDS = {"law": ["court", "judge", "appeal"], "code": ["def", "return", "import"]}
+
+
+@pytest.fixture
+def mine(tmp_path) -> dict[str, str]:
+    """Files of one's own: labelled texts to probe, pairs to steer by."""
+    labelled = [
+        {"text": f"{word} {i}", "label": label, "group": f"{word}{i}"}
+        for label, words in WORDS.items() for word in words for i in range(4)
+    ]  # fmt: skip
+    pairs = [{"prompt": f"The {w} says", "positive": " yes, gladly", "negative": " no, never"} for w in WORDS["law"]]
+    pairs += [{"prompt": f"A {w} says", "positive": " yes, gladly", "negative": " no, never"} for w in WORDS["law"]]
+    files = {}
+    for name, content in (("labelled", labelled), ("pairs", pairs)):
+        files[name] = str(tmp_path / f"{name}.jsonl")
+        Path(files[name]).write_text("\n".join(json.dumps(row) for row in content))
+    return files
+
+
+@pytest.mark.parametrize(
+    ("words", "tables"),
+    [
+        (["probe", "monet-mini", "--data", "labelled", "--out", "run"], ["probe"]),
+        (["steer", "monet-mini", "--pairs", "pairs", "--controls", "1", "--multipliers", "1", "--max-new-tokens", "2",
+          "--out", "run"], ["table"]),
+        (["patch", "--clean", "A cat", "--corrupt", "A dog", "-a", " a", "-w", " b", "--model", "monet-mini", "--nodes",
+          "resid_post[*]@-1", "--out", "run"], ["patch"]),
+    ],
+    ids=["probe", "steer", "patch"],
+)  # fmt: skip
+def test_a_table_is_kept_with_its_settings_and_its_command(run, mine, monkeypatch, words, tables):
+    """What `interp report` shows beside each table: what it was made with, and the line to type again."""
+    from interp import report
+
+    words = [mine.get(word, word) for word in words]
+    monkeypatch.setattr(sys, "argv", ["interp", *words])
+    code, out, err = run(*words)
+    assert code == 0, err
+    for name in tables:
+        kept = report.load_table(Path("run") / f"{name}.parquet")
+        assert kept.attrs["model"] == "monet-mini"
+        assert kept.attrs["remake"] == shlex.join(["interp", *words])
+    page = report.write("run").read_text(encoding="utf-8")
+    assert "It carries no settings" not in page.replace("generations.jsonl", "", 1).split("generations.jsonl")[0]
+    if words[0] == "steer":  # its table stands whole in 80 columns
+        rows = [line for line in out.splitlines() if line.lstrip().startswith(("+", "multiplier"))]
+        assert rows
+        assert all(len(line.rstrip()) <= 80 for line in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["steer", "a", "--model", "b", "--pairs", "mood"], "given twice"),
+        (["steer", "--pairs", "mood"], "give a model"),
+    ],
+)
+def test_one_model_is_named_once(run, arguments, said):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert said in err

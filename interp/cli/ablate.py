@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from interp.cli.common import emit, keep, records, stderr, stdout
+from interp.cli.common import ModelArgument, ModelOption, emit, keep, named_model, records, stderr, stdout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,8 +17,9 @@ Kind = Literal["auto", "monet", "routed", "neurons"]
 
 
 def command(
-    model: Annotated[str, typer.Option("--model", "-m", help="A zoo name, a hub id or a directory.")],
     remove: Annotated[list[str], typer.Option("--remove", "-r", help="The label to cut out. Repeatable.")],
+    argument: ModelArgument = None,
+    model: ModelOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the checkpoint and report go.")] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="A .jsonl file of your own texts; default: the project's corpora.")
@@ -52,7 +53,7 @@ def command(
     Example:
 
     ```
-    interp ablate --model monet-mini --remove law --out monet-without-law
+    interp ablate monet-mini --remove law --out monet-without-law
     ```
     """
     import interp
@@ -61,10 +62,11 @@ def command(
     def tell(message: str) -> None:
         stderr().print(f"· {message}", markup=False, highlight=False)  # asked for each time: a bar may stand below it
 
+    name = named_model(argument, model)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not empty; choose a new directory")
     choosing, scoring = _splits(data, text_field, label_field, remove, keep)
-    opened = interp.load(model, device=device)
+    opened = interp.load(name, device=device)
     tell(f"measuring {len(choosing)} labels on the selection split")
     stats = experts.routing(opened, choosing, kind=kind, max_tokens=select_tokens)
     settings: dict[str, Any] = {

@@ -14,8 +14,9 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 USER_ERRORS = (ValueError, OSError)
 
 TRACEBACK_VARIABLE = "INTERP_TRACEBACK"
+
+#: The model of a command that has no other argument: `interp steer smollm2`, or `--model smollm2` anywhere on the line.
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A zoo name, a hub id, a directory, or tiny:FAMILY.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="The model, as an option.")]
 
 
 def stdout() -> Console:
@@ -58,12 +65,27 @@ def fail(error: BaseException) -> int:
     return 1
 
 
+def named_model(argument: str | None, option: str | None, default: str | None = None) -> str:
+    """The one model that the command line names, as argument or as option; else the default."""
+    if argument is not None and option is not None:
+        raise typer.BadParameter(f"the model is given twice: {argument} and --model {option}")
+    model = argument or option or default
+    if model is None:
+        raise typer.BadParameter("give a model, such as smollm2", param_hint="MODEL")
+    return model
+
+
+def remake() -> str | None:
+    """The command line that is running, as one types it; None where Python called and not a shell."""
+    by_command = Path(sys.argv[0]).name in ("interp", "__main__.py")
+    return shlex.join(["interp", *sys.argv[1:]]) if by_command else None
+
+
 def keep(table: pd.DataFrame, path: Path) -> str:
     """Write a Table with its settings and the command that made it, which `interp report` shows; gives the path."""
     from interp import report
 
-    by_command = Path(sys.argv[0]).name in ("interp", "__main__.py")
-    return str(report.save_table(table, path, shlex.join(["interp", *sys.argv[1:]]) if by_command else None))
+    return str(report.save_table(table, path, remake()))
 
 
 def _plain(value: Any) -> Any:

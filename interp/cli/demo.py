@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from interp.cli.common import emit, records, stderr, stdout, summary
+from interp.cli.common import emit, keep, records, stderr, stdout, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,14 +21,15 @@ RESECTION_LEGEND = (
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the datasets and the figure go.")] = Path("demo_out"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where datasets, tables and figures go.")] = Path("demo_out"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Tour: read a real model and a Mixture of Experts, export, draw; cut domains out of a Monet. Two minutes.
 
     Loads SmolLM2-135M (fetched once) and a Mixture of Experts, reads residual stream, attention and experts
-    on twelve paragraphs that come with the package, writes two activation datasets and an HTML figure. Then it switches
-    off the experts of each domain of monet-mini in turn and shows what every domain loses, beside random experts.
+    on twelve paragraphs that come with the package, writes two activation datasets, tables and HTML figures. Then it
+    switches off the experts of each domain of monet-mini in turn and shows what every domain loses, beside random
+    experts.
 
     Example:
 
@@ -39,6 +40,9 @@ def command(
     from interp.demo import run
 
     tour = run(out, lambda message: stderr().print(f"· {message}", highlight=False))
+    for name in ("residual", "attention", "load", "resection"):
+        if (table := getattr(tour, name)) is not None:
+            keep(table, out / f"{name}.parquet")
     if as_json:
         emit(_document(tour))
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from interp.cli.common import emit, records, stderr, stdout
+from interp.cli.common import ModelArgument, ModelOption, emit, named_model, records, remake, stderr, stdout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +21,8 @@ SHOWN = ("node", "position", "token", "value", "low", "high")
 
 
 def command(
-    model: Annotated[str, typer.Option("--model", "-m", help="A zoo name, a hub id or a directory.")] = "smollm2",
+    argument: ModelArgument = None,
+    model: ModelOption = None,
     clean: Annotated[str | None, typer.Option("--clean", "-c", help="The prompt that shows the behaviour.")] = None,
     corrupt: Annotated[
         str | None, typer.Option("--corrupt", "-k", help="Its twin that does not, token by token.")
@@ -77,7 +78,7 @@ def command(
     from interp.patching import guardrails
 
     say = stderr()
-    opened = interp.load(model, device=device)
+    opened = interp.load(named_model(argument, model, "smollm2"), device=device)
     made = _pairs(opened, clean, corrupt, answer, wrong, pairs, task, n, seed)
     measure = made.metric(metric)
     warned = guardrails.cautions(opened, made, measure, warn=False)
@@ -166,6 +167,7 @@ def _write(table: pd.DataFrame, made: Pairs, model: str, out: Path) -> dict[str,
 
     title = f"{model}, {made.name}: {table.attrs['method']}, {table.attrs['direction']}, {len(made)} pair(s)"
     figure = plots.heat_maps(table, title, made.pieces[0][0])
+    table.attrs["remake"] = remake()
     return {
         "figure": str(plots.save(figure, out / "patch.html")),
         "table": str(guardrails.export(table, out / "patch.parquet")),

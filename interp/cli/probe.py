@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from interp.cli.common import emit, records, stderr, stdout
+from interp.cli.common import ModelArgument, ModelOption, emit, keep, named_model, records, stderr, stdout
 
 
 def command(
-    model: Annotated[str, typer.Option("--model", "-m", help="A zoo name, a hub id or a directory.")] = "smollm2",
+    argument: ModelArgument = None,
+    model: ModelOption = None,
     data: Annotated[
         Path | None, typer.Option("--data", "-d", help="A .jsonl file; each row has text, label, perhaps group.")
     ] = None,
@@ -52,7 +53,7 @@ def command(
 
     if (data is None) == (question is None):
         raise ValueError("give either --data FILE.jsonl or --question NAME")
-    opened = interp.load(model, device=device)
+    opened = interp.load(named_model(argument, model, "smollm2"), device=device)
     answer = None
     if question is not None:
         from probes.questions import ask
@@ -69,14 +70,12 @@ def command(
         )
     files: dict[str, str] = {}
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(out / "probe.parquet")
         files = {
-            "table": str(out / "probe.parquet"),
+            "table": keep(table, out / "probe.parquet"),
             "figure": str(plots.save(figures.by_layer(table), out / "probe.html")),
         }
         if answer is not None:
-            answer.causal.to_parquet(out / "causal.parquet")
+            keep(answer.causal, out / "causal.parquet")
             files["causal"] = str(plots.save(figures.causal(answer.causal), out / "causal.html"))
     if as_json:
         causal = None if answer is None else {**answer.causal.attrs, "table": records(answer.causal)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from interp.cli.common import emit, records, stderr, stdout
+from interp.cli.common import emit, keep, records, stderr, stdout
 
 if TYPE_CHECKING:
     from interp.model import Model
@@ -90,7 +90,7 @@ def train(
     )  # fmt: skip
     s.save(out)
     assert s.history is not None
-    s.history.to_parquet(out / "history.parquet")
+    keep(s.history, out / "history.parquet")
     last = records(s.history.tail(1))[0]
     if as_json:
         emit({"directory": str(out), "sae": repr(s), "last": last, "history": records(s.history)})

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from interp.cli.common import emit, records, stderr, stdout
+from interp.cli.common import ModelArgument, ModelOption, emit, keep, named_model, records, stderr, stdout
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def command(
-    model: Annotated[str, typer.Option("--model", "-m", help="A zoo name, a hub id or a directory.")],
+    argument: ModelArgument = None,
+    model: ModelOption = None,
     pairs: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +49,7 @@ def command(
     Example:
 
     ```
-    interp steer --model smollm2 --pairs mood --controls 4 --out mood
+    interp steer smollm2 --pairs mood --controls 4 --out mood
     ```
     """
     import interp
@@ -59,6 +60,7 @@ def command(
     def tell(message: str) -> None:
         say.print(f"· {message}", markup=False, highlight=False)
 
+    name = named_model(argument, model)
     if pairs is None and vector is None:
         raise ValueError("--pairs: give a .jsonl file of pairs to fit on, or --vector a vector that is there already")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -69,7 +71,7 @@ def command(
         )
     ks = _numbers(multipliers)
     triples = [] if pairs is None else _read(pairs, limit)
-    opened = interp.load(model, device=device)
+    opened = interp.load(name, device=device)
     has = bool(getattr(opened.tokenizer, "chat_template", None))
     use = has if template is None else template
     fit, held_out = ([], triples) if vector is not None else _split(triples, split, seed)
@@ -91,10 +93,7 @@ def command(
         out.mkdir(parents=True, exist_ok=True)
         files["vector"] = str(v.save(out / "vector", evaluation=" ".join(found.about["verdict"])))
         files["report"] = str(found.save(out / "report.html"))
-        table = found.table.copy()
-        table.attrs = {}
-        table.to_parquet(out / "table.parquet")
-        files["table"] = str(out / "table.parquet")
+        files["table"] = keep(found.table, out / "table.parquet")
         found.generations.to_json(out / "generations.jsonl", orient="records", lines=True)
         files["generations"] = str(out / "generations.jsonl")
     dose = found.table[(found.table["section"] == "on target") & (found.table["metric"] == "propensity")]
@@ -180,19 +179,20 @@ def _talk(model: Any, v: Any, template: bool, max_new_tokens: int) -> None:
 
 
 def _show(name: str, dose: pd.DataFrame, verdict: list[str], generations: pd.DataFrame, files: dict[str, str]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     console = stdout()
-    shown = Table(title=name, title_justify="left")
-    for column in ("multiplier", "propensity", "95 % interval", "random vectors", "their middle 95 %"):
-        shown.add_column(column, justify="right")
+    shown = Table(title=escape(name), title_justify="left", box=None, padding=(0, 2, 0, 0))  # 80 columns hold it
+    for column in ("multiplier", "propensity", "95 %", "random vectors", "their middle 95 %"):
+        shown.add_column(column, justify="right", no_wrap=True)
     grid = dose.set_index(["baseline", "multiplier"])
     for k in sorted(set(dose["multiplier"])):
         own = grid.loc[("none", k)]
-        cells = [f"{k:+g}", f"{own['value']:+.3f}", f"{own['low']:+.3f} to {own['high']:+.3f}"]
+        cells = [f"{k:+g}", f"{own['value']:+.3f}", f"{own['low']:+.3f}..{own['high']:+.3f}"]
         if ("random", k) in grid.index:
             other = grid.loc[("random", k)]
-            cells += [f"{other['value']:+.3f}", f"{other['low']:+.3f} to {other['high']:+.3f}"]
+            cells += [f"{other['value']:+.3f}", f"{other['low']:+.3f}..{other['high']:+.3f}"]
         shown.add_row(*cells)
     console.print(shown)
     console.print("propensity: log P(positive) - log P(negative), nats per token of the answers", highlight=False)

@@ -91,9 +91,9 @@ def command(
 def _write(model: Any, group: str, found: Any, out: Path) -> dict[str, str]:
     from interp import plots
 
-    found.save(out)
     for name, table in found.tables.items():
         keep(table, out / f"{name}.parquet")
+    found.stats.save(out / "routing.safetensors")
     title = f"{model.name}, each {group} removed ({found.rule} {found.settings})"
     figures = {
         "matrix": plots.domain_matrix(found.tables["best"], title),
