@@ -5,8 +5,8 @@
     report.write("run")                                 run/run.html; on the command line: interp report run
 
 What is collected, by suffix: tables ``.parquet`` (settings in the file), ``.csv``, ``.jsonl``; figures ``.html``
-that `interp.plots.save` wrote, ``.svg`` and ``.png``; cards (``card.json``, ``*.card.json``, and ``README.md`` with a card's
-front matter); notes ``.md``, ``.txt``. Beside each table stand the settings that made it and, where it knows one
+that `interp.plots.save` wrote, ``.svg`` and ``.png``; cards (``card.json``, ``*.card.json``, and ``README.md`` with a
+card's front matter); notes ``.md``, ``.txt``. Beside each table stand the settings that made it and, where it knows one
 (``.attrs["remake"]``), the command that makes it again.
 
 Whatever comes from a file is text: it is escaped, or, for images, put into ``<img>``, where it cannot run. The page

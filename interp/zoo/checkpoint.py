@@ -8,15 +8,12 @@ measures noise.
 from __future__ import annotations
 
 import json
-import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from interp.quiet import quiet
 from interp.zoo.errors import LoadError
 from interp.zoo.hub import pickle_refusal
 
@@ -24,7 +21,6 @@ from interp.zoo.hub import pickle_refusal
 #: instead.
 RemoteCode = bool | Literal["native"]
 
-_QUIET = threading.RLock()
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
     "tekken.json", "tokenizer_config.json",
@@ -189,28 +185,10 @@ def _checked(source: Path, opener: Any, what: str = "model") -> Any:
     """Run one of transformers' openers quietly, and turn what it raises into a LoadError that names the
     source."""
     try:
-        with _quiet():
+        with quiet():
             return opener()
     except LoadError:
         raise
     except Exception as error:  # it raises OSError, KeyError, ValueError, SafetensorError, UnpicklingError, ...
         first = next((line for line in str(error).splitlines() if line.strip()), "").strip()
         raise LoadError(f"{source}: the {what} cannot be opened ({type(error).__name__}: {first[:300]})") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports: what they would say is raised or irrelevant."""
-    from transformers.utils import logging as hf_logging
-
-    logger = logging.getLogger("transformers")
-    with _QUIET:  # both switches belong to the process: two threads must not restore each other's silence
-        level, bar = logger.level, hf_logging.is_progress_bar_enabled()
-        logger.setLevel(logging.ERROR)
-        hf_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-            if bar:
-                hf_logging.enable_progress_bar()

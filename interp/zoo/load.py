@@ -101,6 +101,9 @@ def load(
         LoadError (a ValueError): the source does not exist, is incomplete, damaged, not allowed, or no causal
         LM.
     """
+    from interp.quiet import import_tqdm
+
+    import_tqdm()
     from interp.model import Model
 
     if isinstance(source, Model):
