@@ -40,4 +40,4 @@ def import_tqdm() -> None:
     if "tqdm.auto" not in sys.modules:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="IProgress not found")
-            import tqdm.auto  # noqa: F401
+            import tqdm.auto  # type: ignore[import-untyped]  # noqa: F401
