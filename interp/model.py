@@ -270,7 +270,8 @@ class Model:
     @staticmethod
     def with_routing(sites: list[Site]) -> list[Site]:
         """Adds the chosen experts and their weights wherever something routed is read."""
-        routing = [Site(n, s.layer) for s in sites if s.kind.routed for n in ("expert_ids", "expert_weight")]
+        layers = dict.fromkeys(site.layer for site in sites if site.kind.routed)
+        routing = [Site(name, layer) for layer in layers for name in ("expert_ids", "expert_weight")]
         return list(dict.fromkeys([*sites, *routing]))
 
     # -- contexts ----------------------------------------------------------------------------------------------

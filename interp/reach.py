@@ -108,6 +108,8 @@ def size(m: Model, name: str, layer: int | None, key: str) -> int:
 
 
 def _in_range(m: Model, site: Site, text: str) -> Site:
+    if not site.index:
+        return site
     index = []
     for key, value in site.index:
         n = size(m, site.name, site.layer, key)

@@ -19,6 +19,9 @@ from interp.hooks.tap import Clock
 from interp.scope import Columns
 from interp.sites import Site
 
+#: Tensors of up to so many values are summed in the end.
+SMALL = 1 << 15
+
 
 class Recorder:
     """Collects the given sites over one forward call, or over the calls of one generation.
@@ -46,7 +49,7 @@ class Recorder:
         self.kept: dict[Site, list[Tensor]] = {}
         self._ids: dict[int | None, Tensor] = {}
         self._watch: list[tuple[Site, Tensor, int]] = []
-        self._sums: list[tuple[Site, Tensor, Tensor]] = []
+        self._sums: list[tuple[Site, Tensor, Tensor | None]] = []
         self._columns: Columns | None = None
         self._call = -1
 
@@ -67,7 +70,7 @@ class Recorder:
             twin = h.clone()  # what is kept stays in the graph: the model goes on with its twin
         elif apart:
             kept = kept.clone()
-        elif any(not wanted.index for wanted in here):
+        elif site in here:  # wanted whole
             self._watch.append((site, h, h._version))
         for wanted in here:
             part = kept
@@ -81,18 +84,18 @@ class Recorder:
                     part = part.clone()  # so that the rest of the tensor can go
             self.kept.setdefault(wanted, []).append(part)
             if self.check and part.is_floating_point():
-                # A finite sum proves every value finite. It is taken now, while the tensor is in the processor's cache,
-                # and looked at in the end with all others, so that a GPU is waited for once and not at every site.
-                wide = torch.float32 if part.dtype == torch.float16 else None  # half precision ends at 65504
-                self._sums.append((wanted, part, part.detach().sum(dtype=wide)))
+                # A finite sum proves every value finite. A large tensor's is taken now, while the tensor is in the
+                # processor's cache; those of small ones in one go, later, which is quicker.
+                self._sums.append((wanted, part, _sum(part) if part.numel() > SMALL else None))
         return twin
 
     def _warn(self) -> None:
-        """Warns, naming the site, where an activation was not finite."""
+        """Warns, naming the site, where an activation was not finite. A GPU is waited for once, not at every site."""
         sums, self._sums = self._sums, []
         if not sums:
             return
-        total = torch.stack([s.float().to(sums[0][2].device) for _, _, s in sums])
+        device = sums[0][1].device
+        total = torch.stack([(_sum(part) if s is None else s).to(device, torch.float32) for _, part, s in sums])
         for i in (~total.isfinite()).nonzero().flatten().tolist():
             site, part, _ = sums[i]
             if bad := int((~part.isfinite()).sum()):  # else only the sum has run over
@@ -133,6 +136,10 @@ def _from_cache(site: Site, tensor: Tensor, columns: Columns) -> Tensor:
     if site.name == "pattern":
         return torch.nn.functional.pad(tensor, (gap, 0))
     return tensor[:, columns.start - gap :]
+
+
+def _sum(part: Tensor) -> Tensor:
+    return part.detach().sum(dtype=torch.float32 if part.dtype == torch.float16 else None)  # half ends at 65504
 
 
 def _join(site: Site, parts: list[Tensor]) -> Tensor:

@@ -104,7 +104,7 @@ class Anatomy:
 
     def having(self, name: str) -> list[int]:
         """The layers that have this site."""
-        return sorted(layer for n, layer in self.places if n == name and layer is not None)
+        return [layer for layer in range(len(self.layers)) if (name, layer) in self.places]
 
 
 def text_config(hf: nn.Module) -> Any:

@@ -1,9 +1,9 @@
 """The third door: transformers' ALL_EXPERTS_FUNCTIONS.
 
-Fused experts are one module with 3-D weights; no submodule exists that a hook could sit on. What does exist, for every
-family that uses the interface, is the function that gets (hidden [token, d_model], chosen experts [token, slot], their
-weights [token, slot]). Ours taps the choice and the weights and hands on to the implementation that was set; that costs
-next to nothing. Only when the experts' insides are wanted does it compute them itself, expert by expert::
+Fused experts are one module with 3-D weights, called with (hidden [token, d_model], chosen experts [token, slot], their
+weights [token, slot]). The choice and the weights are tapped where it is called; that costs next to nothing. What goes
+on inside no hook can see: there is no submodule. What there is, for every family that uses the interface, is a function
+with these arguments that can be put in another's place. Ours computes the experts one by one::
 
     hidden_s = act(gate_e x) * (up_e x)        neurons of the expert in slot s         expert_hidden
     out_s    = down_e hidden_s                 its output                              expert_out
@@ -47,22 +47,38 @@ def _mix(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor, *args:
     taps = _live.get(id(module))
     if taps is None:
         return delegate(module)(module, hidden, ids, weights, *args, **kwargs)
-    frame = next(iter(taps.values())).clock.shape
-    if ids.shape[0] != frame[0] * frame[1]:
+    frame = _frame(module, taps, ids)
+    return by_expert(module, hidden, ids, weights, taps, frame).to(hidden.dtype)
+
+
+def _frame(module: nn.Module, taps: dict[str, Tap], ids: Tensor) -> tuple[int, int]:
+    """(batch, pos), which the rows of tokens are unfolded to."""
+    batch, width = next(iter(taps.values())).clock.shape
+    if len(ids) != batch * width:
         raise ValueError(
-            f"{type(module).__name__} was given {ids.shape[0]} rows for {frame[0]} x {frame[1]} tokens; "
+            f"{type(module).__name__} was given {len(ids)} rows for {batch} x {width} tokens; "
             "interp needs one row per token"
         )
-    chosen = ids.unflatten(0, frame)
-    if "expert_ids" in taps:
-        chosen = taps["expert_ids"](chosen)
-        ids = chosen.flatten(0, 1)
-    if "expert_weight" in taps:
-        weights = by_choice(taps["expert_weight"], weights.unflatten(0, frame), chosen).flatten(0, 1)
-    if not taps.keys() & {"expert_hidden", "expert_out"}:
-        return delegate(module)(module, hidden, ids, weights, *args, **kwargs)
-    rows = by_expert(module, hidden, ids, weights, taps, frame)
-    return rows.to(hidden.dtype)
+    return batch, width
+
+
+def choice_hook(taps: dict[str, Tap]) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+    """A forward pre-hook for an experts module, that taps the choice and the weights it is called with."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        hidden, ids, weights = args[:3]
+        frame = _frame(module, taps, ids)
+        seen = chosen = ids.unflatten(0, frame)
+        if "expert_ids" in taps:
+            chosen = taps["expert_ids"](seen)
+        rows = given = weights.unflatten(0, frame)
+        if "expert_weight" in taps:
+            given = by_choice(taps["expert_weight"], rows, chosen)
+        if chosen is seen and given is rows and not given.requires_grad:
+            return None
+        return (hidden, chosen.flatten(0, 1), given.flatten(0, 1), *args[3:])
+
+    return hook
 
 
 def by_choice(tap: Tap, h: Tensor, chosen: Tensor) -> Tensor:
@@ -148,13 +164,16 @@ def implementation(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def tapped(taps: dict[nn.Module, dict[str, Tap]]) -> Iterator[None]:
     """Puts taps on experts modules. `taps`: module -> {site name: tap}."""
-    try:
-        _live.update({id(m): t for m, t in taps.items()})
-        with implementation(taps):
-            yield
-    finally:
-        for module in taps:
-            _live.pop(id(module), None)
+    inside = {module: named for module, named in taps.items() if named.keys() & {"expert_hidden", "expert_out"}}
+    with ExitStack() as stack:
+        for module, named in taps.items():
+            if named.keys() & {"expert_ids", "expert_weight"}:
+                stack.callback(module.register_forward_pre_hook(choice_hook(named)).remove)
+        for module, named in inside.items():
+            _live[id(module)] = named
+            stack.callback(_live.pop, id(module), None)
+        stack.enter_context(implementation(inside))
+        yield
 
 
 @contextmanager
