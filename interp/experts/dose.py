@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from interp.experts.batches import Corpus, Labelled, corpus
+from interp.experts.controls import has_controls
 from interp.experts.divergence import divergence
 from interp.experts.evaluate import evaluate
 from interp.experts.losses import Losses, losses
@@ -65,7 +66,8 @@ def dose(
         batch_tokens: tokens run at once.
         seed: of controls and bootstrap.
 
-    Returns the Tables of `evaluate` one below the other, with a column `size` in front.
+    Returns the Tables of `evaluate` one below the other, with a column `size` in front. A size that takes more than
+    half of a layer, which leaves too few units to draw controls from, has no lines of baseline "random".
     """
     import pandas as pd
 
@@ -79,7 +81,8 @@ def dose(
         dense = _Dense(neurons, texts, max_tokens, batch_tokens) if neurons is not None else None
         for size in sizes:
             chosen = select(ranking if ranking is not None else stats, label, rule, **(settings or {}), total=size)
-            table = evaluate(model, chosen, data, controls=controls, stats=stats, before=before, **how)
+            drawn = controls if has_controls(stats, chosen) else 0
+            table = evaluate(model, chosen, data, controls=drawn, stats=stats, before=before, **how)
             rows = [table]
             if neutral is not None:
                 rows.append(_neutral(model, chosen, neutral, max_tokens, seed))

@@ -81,6 +81,13 @@ def evaluate(
         "chosen": chosen.record,
         "seed": seed,
     }
+    drawn: list[ExpertSet] = []
+    if controls and len(chosen):  # drawn first: where too few units are left to draw from, nothing has been run in vain
+        stats = stats or routing(model, data, kind=chosen.kind)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [matched(stats, chosen, generator) for _ in range(controls)]
+        about["frequency"] = frequency(stats, chosen)
+        about["control_frequency"] = sum(frequency(stats, control) for control in drawn) / controls
     with bar("evaluating", 2 + controls) as advance:
         before = before or losses(model, data, batch_tokens=batch_tokens)
         advance()
@@ -90,33 +97,27 @@ def evaluate(
         for label in data.labels:
             for name, numbers in change(before, after, label, seed=seed).items():
                 rows.append({"label": label, "metric": name, "baseline": "none", **numbers, "units": len(chosen)})
-        if controls and len(chosen):
-            stats = stats or routing(model, data, kind=chosen.kind)
+        if drawn:
             labels = data.labels if scored == "all" else [scored] if isinstance(scored, str) else list(scored)
             part = data.only(labels)
-            rows += _controls(model, chosen, part, labels, before, stats, controls, batch_tokens, seed, about, advance)
+            rows += _controls(model, drawn, part, labels, before, batch_tokens, advance)
     table = pd.DataFrame(rows)
     table.attrs.update(about)
     return table
 
 
 def _controls(
-    model: Any, chosen: ExpertSet, data: Corpus, labels: list[str], before: Losses, stats: RoutingStats,
-    controls: int, batch_tokens: int, seed: int, about: dict[str, Any], advance: Advance,
+    model: Any, drawn: list[ExpertSet], data: Corpus, labels: list[str], before: Losses, batch_tokens: int,
+    advance: Advance,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One line per label and metric, over all control sets."""
-    generator = torch.Generator().manual_seed(seed)
     sums: dict[str, list[Any]] = {label: [] for label in labels}
-    frequencies = []
-    for _ in range(controls):
-        control = matched(stats, chosen, generator)
-        frequencies.append(frequency(stats, control))
+    for control in drawn:
         with switched_off(model, control):
             after = losses(model, data, batch_tokens=batch_tokens)
         for label in labels:
             sums[label].append(after.of(label).sum(0))
         advance()
-    about |= {"frequency": frequency(stats, chosen), "control_frequency": sum(frequencies) / controls}
     rows = []
     for label in labels:
         was, now = before.of(label).sum(0), torch.stack(sums[label])  # [3], [control, 3]
@@ -125,5 +126,5 @@ def _controls(
             low, high = (end - start).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
             mean = float(end.mean())
             numbers = {"before": start, "after": mean, "value": mean - start, "low": low, "high": high}
-            rows.append({"label": label, "metric": name, "baseline": "random", **numbers, "units": len(chosen)})
+            rows.append({"label": label, "metric": name, "baseline": "random", **numbers, "units": len(drawn[0])})
     return rows

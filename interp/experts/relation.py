@@ -97,14 +97,17 @@ def interference(
 
     if controls and stats is None:
         raise ExpertError("controls: random units are matched on frequency; pass stats")
-    before = recall(model, facts, batch_rows=batch_rows)
     generator = torch.Generator().manual_seed(seed)
+    sides: dict[str, list[tuple[str, list[ExpertSet]]]] = {
+        removed: [("none", [chosen])] for removed, chosen in sets.items()
+    }
+    if controls and stats is not None:
+        for removed, chosen in sets.items():
+            sides[removed].append(("random", [matched(stats, chosen, generator) for _ in range(controls)]))
+    before = recall(model, facts, batch_rows=batch_rows)
     rows = []
     for removed, chosen in sets.items():
-        sides: list[tuple[str, list[ExpertSet]]] = [("none", [chosen])]
-        if controls and stats is not None:
-            sides.append(("random", [matched(stats, chosen, generator) for _ in range(controls)]))
-        for baseline, tried in sides:
+        for baseline, tried in sides[removed]:
             runs = []
             for one in tried:
                 with switched_off(model, one):

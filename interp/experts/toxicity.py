@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interp.experts.batches import Corpus, Labelled, corpus
-from interp.experts.controls import matched
+from interp.experts.controls import has_controls, matched
 from interp.experts.evaluate import switched_off
 from interp.experts.losses import Losses, losses
 from interp.experts.select import select_or_none
@@ -125,7 +125,8 @@ def suppress(
     low, high. Metrics are the paper's, `max_score` (mean over prompts of the worst continuation) and `probability`
     (prompts with any continuation above .5), besides `mean_score` over all continuations, and `loss` for each watched
     label. The intervals of the set itself are bootstraps over prompts; those of random sets hold the middle 95 % of
-    sets. `max_score` and `probability` grow with the number of samples, and controls draw one: compare `mean_score`.
+    sets. A set of more than half of a layer, which leaves too few units to draw from, has no random sets beside it.
+    `max_score` and `probability` grow with the number of samples, and controls draw one: compare `mean_score`.
     """
     import pandas as pd
 
@@ -159,15 +160,17 @@ def suppress(
         rows += [{**row, "baseline": "none"} for row in run(float("nan"), None, samples, None, data)]
         for threshold in thresholds:
             chosen = select_or_none(stats, label, "correlation", {"threshold": threshold, "against": against})
-            say(f"r > {threshold}: {len(chosen):,} units off, {controls} controls")
+            drawn = controls if len(chosen) and has_controls(stats, chosen) else 0
+            advance(controls - drawn)
+            say(f"r > {threshold}: {len(chosen):,} units off, {drawn} controls")
             if not len(chosen):
-                advance(1 + controls)
+                advance()
                 continue
             with switched_off(model, chosen):
                 rows += [{**row, "baseline": "none"} for row in run(threshold, chosen, samples, None, data)]
             generator = torch.Generator().manual_seed(seed)
             parts = []
-            for number in range(controls):
+            for number in range(drawn):
                 control = matched(stats, chosen, generator)
                 with switched_off(model, control):
                     parts.append(pd.DataFrame(run(threshold, control, 1, control_prompts, part)).assign(control=number))

@@ -56,6 +56,18 @@ def test_each_size_is_the_evaluation_of_its_set(moe: interp.Model, stats: expert
     assert table.attrs["chosen_on"] == stats.data
 
 
+def test_sizes_that_leave_too_few_units_go_on_without_controls(moe: interp.Model, stats: experts.RoutingStats) -> None:
+    half = stats.probability.shape[-1] / 2
+
+    def crowded(size: int) -> bool:
+        return any(len(ids) > half for ids in experts.select(stats, "law", "top", total=size).ids.values())
+
+    most = next(size for size in range(1, 20) if crowded(size))
+    table = experts.dose(moe, stats, "law", TEXTS, sizes=(1, most), rule="top", controls=1)
+    controlled = table.groupby("size")["baseline"].apply(lambda column: "random" in set(column))
+    assert controlled.to_dict() == {1: True, most: False}
+
+
 def test_as_many_dense_neurons_stand_beside(moe: interp.Model, stats: experts.RoutingStats) -> None:
     dense = build("neurons")
     of_neurons = experts.routing(dense, TEXTS, kind="neurons")

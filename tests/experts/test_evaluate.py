@@ -235,5 +235,9 @@ def test_bad_input(monet: Any, texts: dict[str, list[str]]) -> None:
     with pytest.raises(ExpertError, match="held_out: no text for 'bio'"):
         experts.remove_each(monet, stats, {"law": texts["law"], "code": texts["code"]})
     nearly_all = ExpertSet(monet, {0: range(60)})
+    runs: list[Any] = []
+    counter = monet.hf.register_forward_pre_hook(lambda module, args: runs.append(args))
     with pytest.raises(ExpertError, match="too few are left as controls"):
-        experts.evaluate(monet, nearly_all, texts, controls=1)
+        experts.evaluate(monet, nearly_all, texts, controls=1, stats=stats)
+    counter.remove()
+    assert not runs, "it is found out before anything is run"
