@@ -14,6 +14,7 @@ interrupt the bar goes, and the exception goes on.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from typing import Any, Protocol
 #: Seconds after which a bar appears.
 PATIENCE = 2.0
 VARIABLE = "INTERP_PROGRESS"
-_bars: list[_Bar] = []  # those that are open, the outermost first; it is the one on the screen
+_bars: list[_Bar] = []  # those that are open, in any thread, the first to open first; it is the one on the screen
+_lock = threading.RLock()
 
 
 class Advance(Protocol):
@@ -41,12 +43,14 @@ def bar(what: str, total: int | None = None) -> Iterator[Advance]:
         total: how much there is; None where that is unknown, and then no time left is shown.
     """
     own = _Bar(what, total)
-    _bars.append(own)
+    with _lock:
+        _bars.append(own)
     try:
         yield own.advance
     finally:
-        _bars.remove(own)
-        own.close()
+        with _lock:
+            _bars.remove(own)
+            own.close()
 
 
 class _Bar:
@@ -59,9 +63,11 @@ class _Bar:
         self.quiet = False  # nobody would see it: asked once, since this runs for every batch
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self.done += n
-        self.note = note or self.note
-        _bars[0].refresh()
+        with _lock:
+            self.done += n
+            self.note = note or self.note
+            for shown in _bars[:1]:  # none, if this is told after its context was left
+                shown.refresh()
 
     def refresh(self) -> None:
         if self.live is None and not self.quiet and time.monotonic() - self.started > PATIENCE:

@@ -94,3 +94,10 @@ def test_an_interrupt_takes_it_away(impatient: None) -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert progress._bars == []
+
+
+def test_told_after_its_end(impatient: None) -> None:
+    with bar("late", 2) as advance:
+        pass
+    advance(2)
+    assert progress._bars == []
