@@ -11,7 +11,8 @@ The numbers are those of the loop ``for each expert: switch it off, run the mode
 * mode "zero": where the layer only adds its experts' outputs to the stream (this is checked against the layer itself),
   the stream behind it is the plain one less the expert's term, so the layer itself is not run again either. Behind the
   last layer, only the tokens that used the expert are looked at;
-* a metric that reads one token gets the logits of that token only.
+* a metric that reads one token gets the logits of that token only, and the loss those of the tokens from the expert's
+  first use on: before it, nothing changes.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Plain:
     Attributes:
         streams: layer -> the stream behind it [batch, pos, d_model]; -1 for the one entering layer 0.
         before: the metric of each row [batch].
+        nats: each token's loss [batch, pos], 0 where there is none; None for other metrics.
         last: the metric reads each row's last token only.
         shapes: what each layer returns, for `resumed`.
     """
@@ -101,6 +103,7 @@ class Plain:
     acts: Any
     streams: dict[int, Tensor]
     before: Tensor
+    nats: Tensor | None
     last: bool
     shapes: list[int]
 
@@ -116,54 +119,78 @@ class Plain:
             acts = model.capture(batch.tokens, [*sites, *(f"{inside}[{i}]" for i in layers)], logits=True, check=False)
         streams = {int(s[11:-1]): acts[s] for s in sites}
         before = per_row(acts.logits, batch, metric)
-        last = False
-        if not isinstance(metric, str):
+        last, nats = False, None
+        if isinstance(metric, str):
+            predicted = _predicted(batch.tokens)
+            nats = torch.zeros(predicted.shape, device=before.device)
+            nats[predicted] = cross_entropy(acts.logits[predicted], _targets(batch.tokens)[predicted])
+        else:
             rows = torch.arange(len(before), device=before.device)
             short = acts.logits[rows, batch.tokens.last][:, None]
             try:
                 last = bool(torch.equal(per_row(short, _ends(batch), metric), before))
             except (IndexError, RuntimeError, ValueError):
                 last = False  # it reads more than one token
-        return cls(model, batch, metric, mode, acts, streams, before, last, shapes)
+        return cls(model, batch, metric, mode, acts, streams, before, nats, last, shapes)
 
-    def resumed(self, start: int, rows: Tensor, stream: Tensor | None, *edits: Edit) -> Tensor:
-        """The metric of some rows [n], run from layer `start` on with a stream in front of it."""
-        batch = Batch(_rows(self.batch.tokens, rows), self.batch.label[rows.cpu()], self.batch.document[rows.cpu()])
+    def change(
+        self, start: int, rows: Tensor, since: Tensor, stream: Tensor | None = None, edits: Sequence[Edit] = ()
+    ) -> Tensor:
+        """What becomes of the metric of some rows, run from layer `start` on with a stream in front of it.
+
+        `since` [n] is each row's first token that differs. Gives what the metric rises by, [n] in float64.
+        """
+        tokens = _rows(self.batch.tokens, rows)
+        places = None
+        if self.nats is not None:
+            places = _predicted(tokens) & (torch.arange(tokens.ids.shape[1], device=since.device) >= since[:, None])
+        wanted = tokens.last if self.last else places
         with ExitStack() as stack:
             if stream is not None:
                 stack.enter_context(resumed(self.model.anatomy.layers, start, stream, self.shapes))
-            if self.last:
-                stack.enter_context(narrowed(self.model.hf, batch.tokens.last))
+            if wanted is not None:
+                stack.enter_context(narrowed(self.model.hf, wanted))
             if edits:
                 stack.enter_context(self.model.intervene(*edits))
-            logits = self.model._forward(batch.tokens).logits
-        return per_row(logits, _ends(batch) if self.last else batch, self.metric)
+            logits = self.model._forward(tokens).logits
+        if places is None:
+            batch = Batch(tokens, self.batch.label[rows.cpu()], self.batch.document[rows.cpu()])
+            after = per_row(logits, _ends(batch) if self.last else batch, self.metric)
+            return (after - self.before[rows]).double()
+        assert self.nats is not None
+        rise = cross_entropy(logits.flatten(0, -2), _targets(tokens)[places]) - self.nats[rows][places]
+        return rise.new_zeros(len(rows), dtype=torch.float64).index_add_(0, places.nonzero()[:, 0], rise.double())
 
 
 def _layer(plain: Plain, layer: int, size: int, batch_tokens: int, adds: dict[int, bool]) -> Tensor:
     """Change of the metric of each row without each expert of a layer [row, expert], float64."""
     routed = plain.acts.experts(layer)
-    used = _used(routed.ids, routed.mask, size)  # [row, expert]
+    first = _first_use(routed.ids, routed.mask, size)
     if plain.mode == "reroute":
-        used = torch.ones_like(used)
+        first = torch.zeros_like(first)
+    used = first < routed.ids.shape[1]
     change = torch.zeros(used.shape, dtype=torch.float64)
     if plain.mode == "zero" and layer not in adds:
         adds[layer] = _adds_up(plain, layer, used)
     if adds.get(layer) and layer == plain.model.n_layers - 1 and plain.metric == "loss":
         return _behind_last(plain, layer, size, batch_tokens)
     for rows, experts in _chunks(used, max(1, batch_tokens // routed.ids.shape[1])):
+        since = first[rows, experts]
         if adds.get(layer):
-            after = plain.resumed(layer + 1, rows, _without(plain, layer, rows, experts))
-        else:
-            after = _in_place(plain, layer, rows, experts)
-        change[rows.cpu(), experts.cpu()] = (after - plain.before[rows]).double().cpu()
+            rise = plain.change(layer + 1, rows, since, _without(plain, layer, rows, experts))
+        else:  # in the layer itself
+            stream = plain.streams[layer - 1][rows] if layer else None
+            rise = plain.change(layer, rows, since, stream, [_off(layer, experts, plain.mode)])
+        change[rows.cpu(), experts.cpu()] = rise.cpu()
     return change
 
 
-def _used(ids: Tensor, mask: Tensor, size: int) -> Tensor:
-    """Whether any token of a row uses an expert [row, expert]; ids [batch, pos, slot]."""
-    hits = torch.zeros(len(ids), size, dtype=torch.bool, device=ids.device)
-    return hits.scatter_(1, torch.where(mask[..., None], ids, ids[:, :1, :1]).flatten(1), True)
+def _first_use(ids: Tensor, mask: Tensor, size: int) -> Tensor:
+    """The first token that uses an expert, the length if none does [row, expert]; ids [batch, pos, slot]."""
+    length = ids.shape[1]
+    when = torch.arange(length, device=ids.device)[:, None].expand_as(ids).masked_fill(~mask[..., None], length)
+    first = torch.full((len(ids), size), length, device=ids.device)
+    return first.scatter_reduce_(1, ids.flatten(1), when.flatten(1), "amin")
 
 
 def _chunks(used: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -180,14 +207,6 @@ def _without(plain: Plain, layer: int, rows: Tensor, experts: Tensor) -> Tensor:
         share = routed.weights[rows, :, slot] * (routed.ids[rows, :, slot] == experts[:, None])
         stream -= (share[..., None] * routed.out[rows, :, slot]).to(stream.dtype)
     return stream
-
-
-def _in_place(plain: Plain, layer: int, rows: Tensor, experts: Tensor) -> Tensor:
-    """The metric of rows whose own expert is switched off in the layer itself."""
-    stream = None
-    if layer:
-        stream = plain.streams[layer - 1][rows]
-    return plain.resumed(layer, rows, stream, _off(layer, experts, plain.mode))
 
 
 def _off(layer: int, experts: Tensor, mode: str) -> Edit:
@@ -217,7 +236,11 @@ def _adds_up(plain: Plain, layer: int, used: Tensor) -> bool:
     one = torch.full_like(row, expert)
     site = f"resid_post[{layer}]"
     tokens = _rows(plain.batch.tokens, row)
-    with plain.model.intervene(_off(layer, one, "zero")):
+    with ExitStack() as stack:
+        if layer:
+            stream = plain.streams[layer - 1][row]
+            stack.enter_context(resumed(plain.model.anatomy.layers, layer, stream, plain.shapes))
+        stack.enter_context(plain.model.intervene(_off(layer, one, "zero")))
         real = plain.model.capture(tokens, site, check=False)[site]
     guess = _without(plain, layer, row, one)
     mask = tokens.mask
@@ -228,13 +251,9 @@ def _adds_up(plain: Plain, layer: int, used: Tensor) -> bool:
 def _behind_last(plain: Plain, layer: int, size: int, batch_tokens: int) -> Tensor:
     """Change of the summed loss of each row without each expert of the last layer: only tokens that used it change."""
     routed, tokens = plain.acts.experts(layer), plain.batch.tokens
-    predicted = torch.zeros_like(tokens.mask)
-    predicted[:, :-1] = tokens.mask[:, 1:] & tokens.mask[:, :-1]
-    row, pos, slot = (predicted[..., None].expand_as(routed.ids)).nonzero(as_tuple=True)
-    expert, target = routed.ids[row, pos, slot], tokens.ids[row, pos + 1]
-    plain_nats = torch.nn.functional.cross_entropy(
-        plain.acts.logits[:, :-1].flatten(0, 1).float(), tokens.ids[:, 1:].flatten(), reduction="none"
-    ).view_as(tokens.ids[:, 1:])
+    assert plain.nats is not None
+    row, pos, slot = _predicted(tokens)[..., None].expand_as(routed.ids).nonzero(as_tuple=True)
+    expert, target = routed.ids[row, pos, slot], _targets(tokens)[row, pos]
     width = tokens.ids.shape[1]
     change = torch.zeros(len(tokens.ids), size, dtype=torch.float64)
     for part in torch.arange(len(row), device=row.device).split(max(width, batch_tokens // width * width)):
@@ -246,10 +265,24 @@ def _behind_last(plain: Plain, layer: int, size: int, batch_tokens: int) -> Tens
         some = Tokens(tokens.ids[:1].expand(len(grid), -1), torch.ones_like(tokens.mask[:1]).expand(len(grid), -1))
         with resumed(plain.model.anatomy.layers, layer + 1, grid, plain.shapes):
             logits = plain.model._forward(some).logits.flatten(0, 1)[: len(part)]
-        nats = torch.nn.functional.cross_entropy(logits.float(), target[part], reduction="none")
-        rise = (nats - plain_nats[r, p]).double().cpu()
+        rise = (cross_entropy(logits, target[part]) - plain.nats[r, p]).double().cpu()
         change.index_put_((r.cpu(), expert[part].cpu()), rise, accumulate=True)
     return change
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each token [token], from logits [token, vocab]."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _predicted(tokens: Tokens) -> Tensor:
+    """True at tokens that another one follows [batch, pos]: they predict it."""
+    return tokens.mask & torch.nn.functional.pad(tokens.mask[:, 1:], (0, 1))
+
+
+def _targets(tokens: Tokens) -> Tensor:
+    """The token behind each one [batch, pos]."""
+    return tokens.ids.roll(-1, 1)
 
 
 def _rows(tokens: Tokens, rows: Tensor) -> Tokens:

@@ -2,7 +2,7 @@
 
 Nothing below the first edited layer changes, so its result need not be computed again: `resumed` lets the layers before
 `start` pass the stream through untouched and puts the stream that another run left in front of layer `start`. Nothing
-after the final norm mixes tokens, so a metric that reads one token needs the logits of that token only: `narrowed`.
+after the final norm mixes tokens, so a metric that reads some tokens needs the logits of those only: `narrowed`.
 
 For the time of the context, the skipped layers' places in the model's own list of layers are taken by `Skipped`, a
 module like any other. Whether a family can be run so (one whose late layers look at what early layers computed, besides
@@ -106,8 +106,12 @@ def _noted(layers: nn.ModuleList, what: Callable[[Any], Any], nothing: Any) -> I
 
 
 @contextmanager
-def narrowed(hf: Any, columns: Tensor) -> Iterator[None]:
-    """Logits at one column per row only: they come out as [batch, 1, vocab]. `columns` [batch]."""
+def narrowed(hf: Any, wanted: Tensor) -> Iterator[None]:
+    """Logits of some tokens only.
+
+    `wanted` [batch], one column for each row: they come out as [batch, 1, vocab]. `wanted` [batch, pos], True at any
+    tokens: [1, token, vocab], row by row.
+    """
     head = hf.get_output_embeddings()
     if head is None:
         yield
@@ -115,7 +119,10 @@ def narrowed(hf: Any, columns: Tensor) -> Iterator[None]:
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
         hidden = args[0]
-        return hidden[torch.arange(len(hidden), device=hidden.device), columns.to(hidden.device)][:, None], *args[1:]
+        here = wanted.to(hidden.device)
+        if here.dtype == torch.bool:
+            return hidden[here][None], *args[1:]
+        return hidden[torch.arange(len(hidden), device=hidden.device), here][:, None], *args[1:]
 
     handle = head.register_forward_pre_hook(hook)
     try:
