@@ -78,7 +78,11 @@ def run(out: Path, say: Say = lambda message: None) -> Tour:
         datasets.append(store.write(model, texts, sites, directory, labels=labels, progress=False))
 
     say("drawing")
-    title = f"{dense.name} (left, middle) and {moe.name} (right) on {len(texts)} paragraphs"
+    norm = residual.groupby("position")["norm"].max()
+    title = (
+        f"{dense.name}: a text's first token grows {norm['first'] / norm['later']:.0f} times as long as any other; "
+        f"{moe.name}: one expert takes up to {load['share'].max():.0%} of a layer's slots"
+    )
     figures = [plots.save(plots.overview(residual, attention, load, title), out / "overview.html")]
     removed = resection(say)
     if removed is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING, Any
 
-from interp.plots import OKABE_ITO
+from interp.plots.style import DIVERGING, OKABE_ITO, finish
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,10 +45,8 @@ def overview(table: pd.DataFrame, title: str) -> go.Figure:
     own = table[table["section"] == "on target"]
     damage = table[(table["section"] == "neutral text") & (table["metric"] == "kl") & table["position"].isna()]
     other = table[(table["section"] == "off target") & (table["metric"] == "propensity")]
-    figure = make_subplots(
-        rows=1, cols=3, horizontal_spacing=0.09,
-        subplot_titles=("On target", "Damage to neutral text", "Other behaviours"),
-    )  # fmt: skip
+    panels = ["On target", "Damage to neutral text", *(["Other behaviours"] if len(other) else [])]
+    figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.12, subplot_titles=panels)
     dose = own[own["metric"] == "propensity"]
     for number, name in enumerate(_controls_first(dose)):
         _line(figure, dose[dose["baseline"] == name], name, number, col=1)
@@ -61,7 +59,7 @@ def overview(table: pd.DataFrame, title: str) -> go.Figure:
         (1, "propensity (nats per token)"),
         (2, "KL (nats per token)"),
         (3, "propensity (nats per token)"),
-    ):
+    )[: len(panels)]:
         figure.update_xaxes(title_text="multiplier", tickvals=ticks, zeroline=False, row=1, col=col)
         figure.update_yaxes(title_text=text, row=1, col=col)
     return _finish(figure, title, 500)
@@ -75,11 +73,11 @@ def layers(table: pd.DataFrame, title: str) -> go.Figure:
     if 0.0 in grid.index:
         grid = grid.sub(grid.loc[0.0], axis=1).drop(index=0.0)
     reach = float(grid.abs().max().max()) or 1.0
-    scale = [[0, OKABE_ITO[1]], [0.5, "#FFFFFF"], [1, OKABE_ITO[0]]]
     figure = go.Figure(
         go.Heatmap(
-            z=grid.to_numpy(), x=[str(x) for x in grid.columns], y=[f"{k:+g}" for k in grid.index], colorscale=scale,
-            zmin=-reach, zmax=reach, colorbar={"title": {"text": "change<br>(nats per<br>token)"}},
+            z=grid.to_numpy(), x=[str(x) for x in grid.columns], y=[f"{k:+g}" for k in grid.index],
+            colorscale=DIVERGING, zmin=-reach, zmax=reach,
+            colorbar={"title": {"text": "change<br>(nats per<br>token)"}},
             hovertemplate="layer %{x}, multiplier %{y}: %{z:+.3f}<extra></extra>",
         )
     )  # fmt: skip
@@ -121,8 +119,5 @@ def _faint(colour: str) -> str:
 
 
 def _finish(figure: go.Figure, title: str, height: int) -> go.Figure:
-    figure.update_layout(
-        title=html.escape(title), template="plotly_white", font_size=13, height=height,
-        legend={"orientation": "h", "y": -0.24}, margin={"t": 90, "b": 110, "l": 90, "r": 30},
-    )  # fmt: skip
-    return figure
+    figure.update_layout(legend_y=-0.24, margin={"b": 110, "l": 90})
+    return finish(figure, title, height, top=90)

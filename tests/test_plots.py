@@ -163,3 +163,45 @@ def test_a_picture_of_a_figure(tmp_path) -> None:
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(data[16:20], "big") == 1000  # its width
+
+
+def test_a_long_title_stands_in_lines_above_the_figure() -> None:
+    words = [f"word{i}" for i in range(30)]
+    short, long = (plots.dose_response(curve("multiplier"), " ".join(w)) for w in (words[:3], words))
+    lines = long.layout.title.text.split("<br>")
+    assert " ".join(lines) == " ".join(words)
+    assert max(map(len, lines)) <= plots.style.LINE
+    assert long.layout.margin.t - short.layout.margin.t == 22 * (len(lines) - 1) == long.layout.height - 460
+
+
+def test_outlines_count_every_value_and_end_on_the_ground() -> None:
+    """The largest value, at the last edge, belongs to the last bin, and the outline comes down behind it."""
+    table = pd.DataFrame({"value": [0.0, 1.0, 4.0, 4.0], "label": ["a"] * 4})
+    trace = plots.distributions(table, "t", bins=4).data[0]
+    assert list(trace.y) == [0, 0.25, 0.25, 0, 0.5, 0]
+    assert list(trace.x) == [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5]
+
+
+def test_ticks_of_a_log_axis_are_written_out() -> None:
+    assert plots.style.log_ticks([0.02, 0.3])["ticktext"] == [
+        "0.01",
+        "0.02",
+        "0.05",
+        "0.1",
+        "0.2",
+        "0.5",
+        "1",
+        "2",
+        "5",
+    ]
+    assert plots.style.log_ticks([1, 1e5])["ticktext"] == ["1", "10", "100", "1,000", "10,000", "100,000"]
+    assert plots.style.log_ticks([0.0, -1.0]) == {}
+
+
+def test_a_frontiers_figure_is_of_the_one_template() -> None:
+    from interp import sae
+
+    table = saes().assign(best=[True] * 6)
+    figure = sae.pareto_figure(table.replace({"metric": {"ce_recovered": "fvu"}}))
+    assert figure.layout.title.text.startswith("&lt;b&gt;x&lt;/b&gt; leaves least unexplained: 60%")
+    assert figure.layout.template.layout.colorway == plots.OKABE_ITO

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+_PANELS = {"writes": "what it makes likelier and less likely", "values": "how strongly it fires"}
+
+
 def feature_card(
     contexts: pd.DataFrame, title: str, writes: pd.DataFrame | None = None, values: Sequence[float] | None = None,
-    most: int = 8, around: int = 24,
+    most: int = 8, around: int = 40,
 ) -> go.Figure:  # fmt: skip
     """Where a feature fires most, how strongly it fires, and which tokens it makes likelier.
 
@@ -37,25 +40,11 @@ def feature_card(
         rows=1 + bool(small), cols=max(1, len(small)),
         specs=[[{"colspan": max(1, len(small))}, *[None] * (max(1, len(small)) - 1)],
                *([[{} for _ in small]] if small else [])],
-        row_heights=[0.56, 0.44] if small else [1.0], vertical_spacing=0.2, horizontal_spacing=0.14,
-        subplot_titles=["the strongest contexts", *({"writes": "what it makes likelier and less likely",
-                                                     "values": "how strongly it fires"}[s] for s in small)],
+        row_heights=[0.56, 0.44] if small else [1.0], vertical_spacing=0.14, horizontal_spacing=0.14,
+        subplot_titles=[f"the strongest contexts, and the {amount} at the bold token", *(_PANELS[s] for s in small)],
     )  # fmt: skip
     top = contexts.nlargest(most, amount)
-    lines = [
-        f"{_line(str(row['before'])[-around:])}<b>{token(row['token'])}</b>{_line(str(row['after'])[:around])}"
-        for row in top.to_dict("records")
-    ]
-    bars = go.Bar(
-        x=top[amount], y=list(range(len(top))), orientation="h", text=lines, textposition="outside", showlegend=False,
-        marker={"color": OKABE_ITO[4]}, textfont={"size": 12, "family": "ui-monospace, monospace"}, cliponaxis=False,
-        hovertemplate="%{text}: %{x:.3g}<extra></extra>",
-    )  # fmt: skip
-    figure.add_trace(bars, row=1, col=1)
-    # bars take a fifth, so that the contexts beside them have room
-    figure.update_xaxes(title_text=f"{amount} at the bold token", range=[0, 5 * float(top[amount].max())],
-                        tickvals=[0, float(f"{float(top[amount].max()):.2g}")], row=1, col=1)  # fmt: skip
-    figure.update_yaxes(visible=False, autorange="reversed", row=1, col=1)
+    _contexts(figure, top, amount, around)
     for column, panel in enumerate(small, 1):
         if panel == "writes":
             assert writes is not None
@@ -67,6 +56,30 @@ def feature_card(
             figure.update_xaxes(title_text=amount, row=2, col=column)
             figure.update_yaxes(title_text="tokens", row=2, col=column)
     return finish(figure, title, 200 + 28 * len(top) + (260 if small else 0))
+
+
+def _contexts(figure: Any, top: pd.DataFrame, amount: str, around: int) -> None:
+    """One line per context with the token in one column, as a concordance has it; a bar on the left for its value."""
+    import plotly.graph_objects as go
+
+    full, rows = float(top[amount].max()) or 1.0, list(range(len(top)))
+    bars = go.Bar(
+        x=top[amount], y=rows, orientation="h", showlegend=False, marker={"color": OKABE_ITO[4]},
+        text=[f"{v:.3g}" for v in top[amount]], textposition="inside", insidetextanchor="start", hoverinfo="skip",
+        textfont={"color": "#000000"},
+    )  # fmt: skip
+    figure.add_trace(bars, row=1, col=1)
+    before = [_line(str(text)[-around:]) for text in top["before"]]
+    after = [f"<b>{token(t)}</b>{_line(str(a)[:around])}" for t, a in zip(top["token"], top["after"], strict=True)]
+    # the bars take an eighth of the width; the token begins right of the middle
+    for side, texts in (("middle left", before), ("middle right", after)):
+        words = go.Scatter(
+            x=[4.6 * full] * len(rows), y=rows, mode="text", text=texts, textposition=side, showlegend=False,
+            textfont={"size": 12, "family": "ui-monospace, monospace"}, hoverinfo="skip", cliponaxis=False,
+        )  # fmt: skip
+        figure.add_trace(words, row=1, col=1)
+    figure.update_xaxes(visible=False, range=[0, 8 * full], row=1, col=1)
+    figure.update_yaxes(visible=False, autorange="reversed", row=1, col=1)
 
 
 def _writes(figure: Any, writes: pd.DataFrame, column: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from interp.plots.style import BASELINES, DASHES, OKABE_ITO, SYMBOLS, escaped, faint, finish, needs
+from interp.plots.style import BASELINES, DASHES, OKABE_ITO, SYMBOLS, escaped, faint, finish, needs, sides
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,6 +82,7 @@ def sae_frontier(table: pd.DataFrame, title: str, metric: str = "ce_recovered") 
         title: what the figure shows; escaped here.
         metric: the vertical axis, higher is better.
     """
+    import numpy as np
     import plotly.graph_objects as go
 
     needs(table, ("name", "metric", "value"), "sae_frontier", "sae.pareto")
@@ -109,7 +110,8 @@ def sae_frontier(table: pd.DataFrame, title: str, metric: str = "ce_recovered") 
             x=wide["l0"], y=wide[metric], mode="markers+text", name="SAEs", hovertext=[escaped(n) for n in wide.index],
             # names where they have room: of the best, if there are many
             text=[escaped(n) if len(wide) <= 6 or n in front else "" for n in wide.index],
-            textposition="top left", error_y=error, marker={"size": 10, "color": OKABE_ITO[1]}, cliponaxis=False,
+            textposition=sides(np.log(wide["l0"]), "bottom right", "top left"),
+            error_y=error, marker={"size": 10, "color": OKABE_ITO[1]}, cliponaxis=False,
             hovertemplate="%{hovertext}: L0 %{x:.1f}, %{y:.3f}<extra></extra>",
         )
     )  # fmt: skip
@@ -141,19 +143,23 @@ def distributions(
 
     needs(table, (value, by), "distributions", "activations, one a row")
     edges = np.histogram_bin_edges(table[value].to_numpy(dtype=float), bins=bins)
+    step = edges[1] - edges[0]
+    middles = np.concatenate([[edges[0]], edges[1:], [edges[-1] + step]]) - step / 2
     figure = go.Figure()
     for number, (name, part) in enumerate(table.groupby(by, sort=False)):
         counts, _ = np.histogram(part[value].to_numpy(dtype=float), bins=edges)
+        counts = np.pad(counts, 1)  # the outline begins and ends on the ground
         colour = OKABE_ITO[number % len(OKABE_ITO)]
         figure.add_trace(
             go.Scatter(
-                x=(edges[1:] + edges[:-1]) / 2, y=counts / max(1, counts.sum()), mode="lines", fill="tozeroy",
+                x=middles, y=counts / max(1, counts.sum()), mode="lines", fill="tozeroy",
                 line={"shape": "hvh", "color": colour, "dash": DASHES[number % len(DASHES)]},
                 fillcolor=faint(colour, 0.12), name=f"{escaped(name)} ({len(part):,})",
                 hovertemplate="%{x:.3g}: %{y:.1%}<extra></extra>",
             )
         )  # fmt: skip
-    figure.update_xaxes(title_text=escaped(f"{value} ({unit})" if unit else value))
+    named = unit if unit and value == "value" else f"{value} ({unit})" if unit else value
+    figure.update_xaxes(title_text=escaped(named))
     figure.update_yaxes(title_text="share of the group's rows", tickformat=".0%", rangemode="tozero")
     return finish(figure, title)
 

@@ -31,9 +31,10 @@ def expert_heat(
     needs(table, ("layer", "expert", "label", value), "expert_heat", "experts.attribute or RoutingStats.frame")
     chosen = list(dict.fromkeys(table["label"])) if labels is None else list(labels)
     layers = sorted(table["layer"].unique())
+    height = (30 + 18 * len(layers)) * len(chosen) + 40 * (len(chosen) - 1)  # of the panels and the names between them
     figure = make_subplots(
         rows=len(chosen), cols=1, shared_xaxes=True, subplot_titles=[escaped(label) for label in chosen],
-        vertical_spacing=min(0.12, 0.5 / max(len(chosen), 2)),
+        vertical_spacing=40 / height,
     )  # fmt: skip
     signed, top = _scale(table[value])
     for row, label in enumerate(chosen, 1):
@@ -47,7 +48,7 @@ def expert_heat(
         figure.add_trace(heat, row=row, col=1)
         figure.update_yaxes(title_text="layer", autorange="reversed", type="category", row=row, col=1)
     figure.update_xaxes(title_text="expert", row=len(chosen), col=1)
-    return finish(figure, title, 140 + max(90, 40 + 18 * len(layers)) * len(chosen))
+    return finish(figure, title, 170 + height, top=90)
 
 
 def routing(table: pd.DataFrame, title: str, tokens: Sequence[str] | None = None, most: int = 40) -> go.Figure:
@@ -82,7 +83,7 @@ def routing(table: pd.DataFrame, title: str, tokens: Sequence[str] | None = None
 
 
 def token_highlight(
-    table: pd.DataFrame, title: str, value: str = "value", unit: str = "", per_line: int = 14
+    table: pd.DataFrame, title: str, value: str = "value", unit: str = "", per_line: int | None = None
 ) -> go.Figure:  # fmt: skip
     """A text with each token on a ground that is darker for larger values.
 
@@ -91,12 +92,14 @@ def token_highlight(
         title: what the figure shows; escaped here.
         value: the column that is coloured. A column with a sign is white at 0.
         unit: of that column, for the colour bar.
-        per_line: tokens in a line.
+        per_line: tokens in a line; default as many as stand side by side in a notebook.
     """
     import plotly.graph_objects as go
 
     needs(table, ("token", value), "token_highlight", "a text's tokens with a number each")
     group = next((name for name in ("text", "batch") if name in table), None)
+    if per_line is None:  # letters of 8 pixels in 820
+        per_line = max(4, min(14, 820 // (8 * max(len(str(t)) for t in table["token"]) + 8)))
     blocks = [table] if group is None else [part for _, part in table.groupby(group, sort=False)]
     z: list[list[float | None]] = []
     words: list[list[str]] = []
@@ -107,16 +110,22 @@ def token_highlight(
             z.append([*line[value].astype(float), *[None] * blank])
             words.append([*map(token, line["token"]), *[""] * blank])
     signed, top = _scale(table[value])
+    colours = _colours(signed, top, unit or value, light=True)
+    # lies below the text, as long for one line as for ten
+    colours["colorbar"] = {
+        "title": {"text": escaped(unit or value), "side": "right"}, "orientation": "h", "thickness": 10, "nticks": 5,
+        "len": 0.4, "x": 0.0, "xanchor": "left", "y": 0.0, "yanchor": "top", "ypad": 14,
+    }  # fmt: skip
     figure = go.Figure(
         go.Heatmap(
             z=z, text=words, texttemplate="%{text}", textfont={"size": 13, "family": "ui-monospace, monospace"}, ygap=5,
-            hovertemplate="%{text}: %{z:.4g}<extra></extra>", **_colours(signed, top, unit or value, light=True),
+            hovertemplate="%{text}: %{z:.4g}<extra></extra>", **colours,
         )
     )  # fmt: skip
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False, autorange="reversed")
-    figure.update_layout(margin={"l": 20, "b": 20}, plot_bgcolor="#FFFFFF")
-    return finish(figure, title, 110 + 34 * len(z))
+    figure.update_layout(margin={"l": 20, "b": 70}, plot_bgcolor="#FFFFFF")
+    return finish(figure, title, 150 + 34 * len(z))
 
 
 def _scale(values: Any) -> tuple[bool, float]:

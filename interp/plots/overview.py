@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING, Any
 
-from interp.plots.style import OKABE_ITO, template
+from interp.plots.style import OKABE_ITO, escaped, finish, log_ticks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,25 +22,17 @@ def overview(residual: pd.DataFrame, attention: pd.DataFrame, load: pd.DataFrame
     """
     from plotly.subplots import make_subplots
 
+    lines = 14 * len(load.groupby(["layer", "label"]))  # the height of the lower panel
     figure = make_subplots(
-        rows=1,
-        cols=3,
-        column_widths=[0.3, 0.3, 0.4],
-        horizontal_spacing=0.09,
+        rows=2, cols=2, specs=[[{}, {}], [{"colspan": 2}, None]], row_heights=[280, max(140, lines)],
+        horizontal_spacing=0.12, vertical_spacing=110 / (390 + max(140, lines)),
         subplot_titles=("Residual stream", "Attention", "Experts, by kind of text"),
-    )
+    )  # fmt: skip
     _residual_panel(figure, residual)
     _attention_panel(figure, attention)
     _load_panel(figure, load)
-    figure.update_layout(
-        title=html.escape(title),
-        template=template(),
-        font_size=13,
-        height=560,
-        legend={"orientation": "h", "y": -0.16},
-        margin={"t": 110, "b": 110},
-    )
-    return figure
+    figure.update_layout(legend={"yref": "container", "y": 0.01, "yanchor": "bottom"}, margin_b=120)
+    return finish(figure, title, 600 + max(140, lines), top=90)
 
 
 def _residual_panel(figure: go.Figure, residual: pd.DataFrame) -> None:
@@ -50,10 +41,11 @@ def _residual_panel(figure: go.Figure, residual: pd.DataFrame) -> None:
     dashes = {"first": "dash", "later": "solid"}
     for colour, (position, part) in zip(OKABE_ITO, residual.groupby("position", sort=True), strict=False):
         line = {"color": colour, "dash": dashes.get(str(position), "solid")}
-        name = f"{html.escape(str(position))} tokens" if position != "first" else "first token of a text"
+        name = f"{escaped(position)} tokens" if position != "first" else "first token of a text"
         figure.add_trace(go.Scatter(x=part["layer"], y=part["norm"], name=name, line=line), row=1, col=1)
     figure.update_xaxes(title_text="layer", row=1, col=1)
-    figure.update_yaxes(title_text="mean length of resid_post (log scale)", type="log", row=1, col=1)
+    figure.update_yaxes(title_text="mean length of resid_post (log scale)", type="log", row=1, col=1,
+                        **log_ticks(residual["norm"]))  # fmt: skip
 
 
 def _attention_panel(figure: go.Figure, attention: pd.DataFrame) -> None:
@@ -82,14 +74,21 @@ def _load_panel(figure: go.Figure, load: pd.DataFrame) -> None:
         go.Heatmap(
             z=table.to_numpy(),
             x=[str(expert) for expert in table.columns],
-            y=[f"{layer} · {html.escape(str(label))}" for layer, label in table.index],
+            y=[f"{layer} · {escaped(label)}" for layer, label in table.index],
             colorscale="Cividis",
             zmin=0,
-            colorbar={"title": {"text": "share of<br>slots"}, "tickformat": ".0%"},
+            colorbar={
+                "title": {"text": "share of<br>slots"},
+                "tickformat": ".0%",
+                "thickness": 12,
+                "len": 0.5,
+                "y": 0.0,
+                "yanchor": "bottom",
+            },
             hovertemplate="layer · text %{y}<br>expert %{x}<br>%{z:.1%} of the slots<extra></extra>",
         ),
-        row=1,
-        col=3,
+        row=2,
+        col=1,
     )
-    figure.update_xaxes(title_text="expert", row=1, col=3)
-    figure.update_yaxes(title_text="layer · text", autorange="reversed", row=1, col=3)
+    figure.update_xaxes(title_text="expert", row=2, col=1)
+    figure.update_yaxes(title_text="layer · text", autorange="reversed", dtick=1, tickfont_size=10, row=2, col=1)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from interp.plots.style import DIVERGING, OKABE_ITO, template
+from interp.plots.style import DIVERGING, OKABE_ITO, escaped, finish
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+
+#: What a metric is measured in, where its name does not say it.
+UNITS = {"logit_diff": "logit_diff<br>(logits)", "log_prob": "log_prob<br>(nats)", "kl": "kl<br>(nats)"}
 
 
 def heat_maps(table: pd.DataFrame, title: str, tokens: Sequence[str] | None = None) -> go.Figure:
@@ -31,7 +34,7 @@ def heat_maps(table: pd.DataFrame, title: str, tokens: Sequence[str] | None = No
     columns = max(1, max(sum(s == site for s, _ in panels) for site in sites)) if panels else 1
     figure = make_subplots(
         rows=len(sites), cols=columns, horizontal_spacing=0.12, vertical_spacing=0.34 / max(len(sites), 2),
-        subplot_titles=[html.escape(f"{s}: layer x {a}") if a else "" for s, a in _grid(panels, sites, columns)],
+        subplot_titles=[escaped(f"{s}: layer x {a}") if a else "" for s, a in _grid(panels, sites, columns)],
     )  # fmt: skip
     reach = float(table["value"].abs().max()) or 1.0
     for row, site in enumerate(sites, 1):
@@ -42,11 +45,8 @@ def heat_maps(table: pd.DataFrame, title: str, tokens: Sequence[str] | None = No
             figure.update_xaxes(title_text=axis, row=row, col=column)
             if axis == "position" and tokens is not None:
                 figure.update_xaxes(tickangle=-60, tickfont_size=10, row=row, col=column)
-    figure.update_layout(
-        title=html.escape(title), template=template(), font_size=12, height=110 + 430 * len(sites),
-        margin={"t": 100, "b": 110},
-    )  # fmt: skip
-    return figure
+    figure.update_layout(margin_b=110)
+    return finish(figure, title, 110 + 430 * len(sites), top=100)
 
 
 def _axes(part: pd.DataFrame) -> list[str]:
@@ -75,12 +75,13 @@ def _heat(part: pd.DataFrame, axis: str, reach: float, tokens: Sequence[str] | N
     labels = [str(c) for c in grid.columns]
     if axis == "position" and tokens is not None:
         labels = [
-            f"{c} {html.escape(repr(tokens[int(c)])[1:-1])}" if int(c) < len(tokens) else str(c) for c in grid.columns
+            f"{c} {escaped(repr(tokens[int(c)])[1:-1])}" if int(c) < len(tokens) else str(c) for c in grid.columns
         ]
+    metric = str(part["metric"].iloc[0])
     return go.Heatmap(
         z=grid.to_numpy(dtype=float), x=labels, y=[str(i) for i in grid.index], colorscale=DIVERGING, zmin=-reach,
-        zmax=reach, customdata=names.map(lambda n: html.escape(str(n))).to_numpy(), showscale=first,
-        colorbar={"title": {"text": html.escape(str(part["metric"].iloc[0]))}, "thickness": 12},
+        zmax=reach, customdata=names.map(lambda n: escaped(n)).to_numpy(), showscale=first,
+        colorbar={"title": {"text": UNITS.get(metric, escaped(metric))}, "thickness": 12},
         hovertemplate="%{customdata}<br>" + axis + " %{x}<br>%{z:+.3f}<extra></extra>",
     )  # fmt: skip
 
@@ -104,7 +105,7 @@ def circuit(edges: pd.DataFrame, title: str, most: int = 150) -> go.Figure:
         figure.add_trace(
             go.Scatter(
                 x=[x0, (x0 + x1) / 2, x1], y=[y0, (y0 + y1) / 2, y1], mode="lines", hoverinfo="text",
-                text=html.escape(f"{writer} -> {reader}: {value:+.3f}"), showlegend=False, opacity=0.6,
+                text=escaped(f"{writer} -> {reader}: {value:+.3f}"), showlegend=False, opacity=0.6,
                 line={"color": OKABE_ITO[1] if value > 0 else OKABE_ITO[0], "width": 0.5 + 4.5 * abs(value) / largest},
             )
         )  # fmt: skip
@@ -112,10 +113,12 @@ def circuit(edges: pd.DataFrame, title: str, most: int = 150) -> go.Figure:
     figure.add_trace(
         go.Scatter(
             x=[places[u][0] for u in units], y=[places[u][1] for u in units], mode="markers+text", showlegend=False,
-            text=[html.escape(_short(u)) for u in units], textposition="middle right", textfont={"size": 10},
+            text=[escaped(_short(u)) for u in units], textposition="middle right", textfont={"size": 10},
             marker={"size": 9, "color": "#333333"}, hoverinfo="text",
         )
     )  # fmt: skip
+    for colour, name in ((OKABE_ITO[1], "raises the metric"), (OKABE_ITO[0], "lowers it")):
+        figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line={"color": colour, "width": 4}, name=name))
     more = f", the {most} largest of {len(edges)} edges" if len(edges) > most else f", {len(edges)} edges"
     figure.update_xaxes(visible=False, range=[-0.08, 1.15])
     layers = _layers(units)
@@ -123,11 +126,8 @@ def circuit(edges: pd.DataFrame, title: str, most: int = 150) -> go.Figure:
         title_text="layer (MLPs above heads)", showgrid=False, zeroline=False, tickmode="array",
         tickvals=[2 * i + 0.5 for i in layers], ticktext=[str(i) for i in layers],
     )  # fmt: skip
-    figure.update_layout(
-        title=html.escape(title + more), template=template(), font_size=12,
-        height=max(480, 46 * (2 + len({y for _, y in places.values()}))),
-    )  # fmt: skip
-    return figure
+    figure.update_layout(legend_y=-0.04)
+    return finish(figure, title + more, max(480, 46 * (2 + len({y for _, y in places.values()}))))
 
 
 def _unit(name: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING
 
-from interp.plots.style import OKABE_ITO, template
+from interp.plots.style import DIVERGING, OKABE_ITO, escaped, finish, log_ticks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,9 +28,10 @@ def domain_matrix(table: pd.DataFrame, title: str, metric: str = "loss") -> go.F
     grid = own.pivot(index="removed", columns="label", values="value").loc[rows, columns]
     low = own.pivot(index="removed", columns="label", values="low").loc[rows, columns]
     high = own.pivot(index="removed", columns="label", values="high").loc[rows, columns]
-    names = {label: html.escape(str(label)) for label in columns}
+    names = {label: escaped(label) for label in columns}
+    unit = {"loss": "loss (nats)"}.get(metric, metric)
     figure = make_subplots(
-        rows=1, cols=2, column_widths=[0.68, 0.32], horizontal_spacing=0.16,
+        rows=1, cols=2, column_widths=[0.68, 0.32], horizontal_spacing=0.04, shared_yaxes=True,
         subplot_titles=(f"Change of {metric} on each kind of text", "Beside random experts"),
     )  # fmt: skip
     reach = float(grid.abs().max().max()) or 1.0
@@ -39,14 +39,14 @@ def domain_matrix(table: pd.DataFrame, title: str, metric: str = "loss") -> go.F
         go.Heatmap(
             z=grid.to_numpy(), x=[names[c] for c in columns], y=[names[r] for r in rows],
             # white is no change; orange is harm, blue is gain, as far from white as the largest change
-            colorscale=[[0, OKABE_ITO[0]], [0.5, "#FFFFFF"], [1, OKABE_ITO[1]]], zmin=-reach, zmax=reach,
+            colorscale=DIVERGING, zmin=-reach, zmax=reach,
             text=grid.map(lambda v: "0" if abs(v) < 0.005 else f"{v:+.2f}").to_numpy(), texttemplate="%{text}",
             textfont={"size": 10}, customdata=[
                 [f"{a:+.3f} to {b:+.3f}" for a, b in zip(x, y, strict=True)]
                 for x, y in zip(low.to_numpy(), high.to_numpy(), strict=True)
             ],
             hovertemplate="without %{y}: %{x} changes by %{z:+.3f} (95 %: %{customdata})<extra></extra>",
-            colorbar={"title": {"text": "nats" if metric == "loss" else metric}, "x": 0.61, "thickness": 12},
+            colorbar={"title": {"text": "nats" if metric == "loss" else metric}, "thickness": 12},
         ),
         row=1, col=1,
     )  # fmt: skip
@@ -64,13 +64,11 @@ def domain_matrix(table: pd.DataFrame, title: str, metric: str = "loss") -> go.F
         figure.add_trace(dots, row=1, col=2)
     figure.update_xaxes(title_text="text", tickangle=-45, row=1, col=1)
     figure.update_yaxes(title_text="experts removed", autorange="reversed", row=1, col=1)
-    figure.update_xaxes(title_text=f"change of {metric}", zeroline=True, row=1, col=2)
-    figure.update_yaxes(autorange="reversed", row=1, col=2)
-    figure.update_layout(
-        title=html.escape(title), template=template(), font_size=12, height=max(420, 160 + 30 * len(rows)),
-        legend={"orientation": "h", "x": 0.72, "y": -0.18}, margin={"t": 100, "b": 120, "l": 110},
-    )  # fmt: skip
-    return figure
+    figure.update_xaxes(title_text=f"change of {unit}", zeroline=True, row=1, col=2)
+    # the rows of both panels are the same; their names stand once
+    figure.update_layout(legend={"x": 1.0, "xanchor": "right", "yref": "container", "y": 0.02, "yanchor": "bottom"},
+                         margin={"b": 130, "l": 110})  # fmt: skip
+    return finish(figure, title, max(420, 230 + 30 * len(rows)), top=100)
 
 
 def frontiers(table: pd.DataFrame, title: str, damage: float | None = None) -> go.Figure:
@@ -90,7 +88,7 @@ def frontiers(table: pd.DataFrame, title: str, damage: float | None = None) -> g
         style = {"color": OKABE_ITO[number % len(OKABE_ITO)]}
         figure.add_trace(
             go.Scatter(
-                x=curve["spill"], y=curve["damage"], mode="lines+markers", name=html.escape(str(method)), line=style,
+                x=curve["spill"], y=curve["damage"], mode="lines+markers", name=escaped(method), line=style,
                 marker={**style, "symbol": symbols[number % len(symbols)], "size": 8},
                 customdata=curve[["selectivity", "share_of_all"]],
                 hovertemplate="spill %{x:.3f}, damage %{y:.3f}, selectivity %{customdata[0]:.1f}, "
@@ -99,7 +97,8 @@ def frontiers(table: pd.DataFrame, title: str, damage: float | None = None) -> g
         )  # fmt: skip
     if damage is not None:
         figure.add_hline(y=damage, line_dash="dot", annotation_text=f"{damage:g} nats")
-    figure.update_xaxes(title_text="spill: mean |change| of the other labels (nats)", type="log")
+    figure.update_xaxes(title_text="spill: mean |change| of the other labels (nats, log scale)", type="log",
+                        **log_ticks(table["spill"]))  # fmt: skip
     figure.update_yaxes(title_text="damage (nats)")
-    figure.update_layout(title=html.escape(title), template=template(), font_size=13, height=480)
-    return figure
+    figure.update_layout(showlegend=True)
+    return finish(figure, title, 480)

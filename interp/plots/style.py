@@ -10,10 +10,12 @@ marker too. Amounts are cividis; what has a sign is blue below 0, white at 0, or
 from __future__ import annotations
 
 import html
+import math
 import os
 import shutil
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,8 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 DIVERGING = [[0.0, OKABE_ITO[0]], [0.5, "#FFFFFF"], [1.0, OKABE_ITO[1]]]
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "x", "triangle-up", "cross")
+#: Letters of a title that a line of 900 pixels, the width of a notebook, has room for.
+LINE = 95
 #: The name under which the template is registered with plotly.
 TEMPLATE = "interp"
 
@@ -64,9 +68,13 @@ def template() -> str:
     return TEMPLATE
 
 
-def finish(figure: go.Figure, title: str, height: int = 460) -> go.Figure:
-    """Title (escaped), template and height: the last line of every figure."""
-    figure.update_layout(title_text=escaped(title), template=template(), height=height)
+def finish(figure: go.Figure, title: str, height: int = 460, top: int = 80) -> go.Figure:
+    """Title (escaped, in as many lines as it needs), template, height and the margin above: the last line of every
+    figure."""
+    lines = textwrap.wrap(title, LINE)
+    more = 22 * max(0, len(lines) - 1)
+    figure.update_layout(title_text="<br>".join(map(escaped, lines)), template=template(), height=height + more,
+                         margin_t=top + more)  # fmt: skip
     return figure
 
 
@@ -78,6 +86,24 @@ def escaped(text: Any) -> str:
 def token(text: Any) -> str:
     """A token as one shows it: a blank as a low line, a line break as an arrow; escaped."""
     return escaped(str(text).replace("\n", "↵").replace(" ", "\u2423"))
+
+
+def log_ticks(values: Iterable[float]) -> dict[str, Any]:
+    """Ticks of a log axis at 1, 2 and 5 of each decade (1 where there are many), each written out."""
+    known = [float(v) for v in values if v > 0]
+    if not known:
+        return {}
+    low, high = math.log10(min(known)), math.log10(max(known))
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    at = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in steps]
+    return {"tickvals": at, "ticktext": [f"{v:,g}" for v in at]}
+
+
+def sides(x: Iterable[float], left: str, right: str) -> list[str]:
+    """Where names stand beside points, so that none leaves the figure: `left` for points of the left half."""
+    at = list(x)
+    middle = (min(at) + max(at)) / 2
+    return [left if v <= middle else right for v in at]
 
 
 def faint(colour: str, alpha: float = 0.15) -> str:
