@@ -275,6 +275,6 @@ def pareto_figure(table: pd.DataFrame) -> Any:
                        name="no other SAE is better in both")  # fmt: skip
     figure.update_xaxes(title_text="latents per token (L0)")
     figure.update_yaxes(title_text="variance unexplained (FVU, share)", rangemode="tozero")
-    least = wide.fvu.idxmin()
+    least = str(wide.fvu.idxmin())
     found = f"{wide.fvu[least]:.0%} of the variance, with {wide.l0[least]:.0f} latents a token"
     return finish(figure, f"{least} leaves least unexplained: {found}")
