@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from interp.cards import Card
 
 
+#: Rows of a table that are printed; the screen shows more.
+ON_PAPER = 40
+
+
 @dataclass(frozen=True)
 class Section:
     """One file of the run: what it is called, what kind it is, its HTML, and a plotly figure if it is one."""
@@ -49,9 +53,11 @@ def table_section(name: str, table: pd.DataFrame, rows: int) -> Section:
         cells = (f'<td class="{"n" if isinstance(v, int | float) else "t"}">{escaped(v)}</td>' for v in row)
         lines.append(f"<tr>{''.join(cells)}</tr>")
     more = f"<p class=quiet>{len(table) - rows:,} more rows are in the file.</p>" if len(table) > rows else ""
+    if len(shown) > ON_PAPER:
+        more += f'<p class="quiet paper">On paper: the first {ON_PAPER} of {len(table):,} rows.</p>'
     attrs = {str(key): value for key, value in table.attrs.items()}
     remake = attrs.pop("remake", None)
-    command = f"<p>Made by</p><pre class=remake>{escaped(remake)}</pre>" if remake else ""
+    command = f"<p class=made>Made by</p><pre class=remake>{escaped(remake)}</pre>" if remake else ""
     settings = definitions(attrs, "Settings") if attrs else "<p class=quiet>It carries no settings.</p>"
     body = f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     return Section(name, f"table, {len(table):,} rows", f"{command}{body}{more}{settings}")
@@ -181,9 +187,12 @@ h1{margin-bottom:.2rem}h2{font-size:1.1rem;border-top:2px solid #0072B2;margin:2
 th,td{padding:.15rem .7rem .15rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
 td.n{text-align:right;font-variant-numeric:tabular-nums}pre{white-space:pre-wrap;background:#f4f4f4;padding:.6rem}
 img{max-width:100%}.about td{overflow-wrap:anywhere}ul{padding-left:1.2rem}
-@media print{body{max-width:none;margin:0;font-size:11px}nav{break-after:page}h2,.figure,img,tr{break-inside:avoid}
-h2{break-after:avoid}details{display:block}.wide{overflow:visible}a{color:inherit;text-decoration:none}}
-"""
+.paper{display:none}
+@media print{body{max-width:none;margin:0;font-size:11px}table{font-size:9.5px}h2,.figure,img,tr{break-inside:avoid}
+h2,h2+p,.made,.remake{break-after:avoid}.wide{overflow:visible}a{color:inherit;text-decoration:none}.paper{display:block}
+.modebar{display:none!important}.wide tbody tr:nth-child(n+@ROWS@){display:none}h2{margin-top:1.5rem}
+@page{margin:15mm}}
+""".replace("@ROWS@", str(ON_PAPER + 1))
 
 # No connect-src, no remote script, image or font: the page could not reach the network if it wanted to.
 _PAGE = """<!doctype html>

@@ -141,3 +141,12 @@ def test_a_browser_opens_it(run: Path) -> None:
     assert 'class="main-svg"' in shown  # plotly drew
     assert "onerror=alert(1)&gt;" in shown or "onerror=alert(1)>" not in shown.replace("&gt;", "")
     assert not re.search(r"<img[^>]+onerror", shown)
+
+
+def test_paper_gets_the_first_rows_and_says_so(tmp_path: Path) -> None:
+    for name, n in (("short", 40), ("long", 41)):
+        report.save_table(pd.DataFrame({"n": range(n)}), tmp_path / f"{name}.parquet")
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    assert page.count('class="quiet paper"') == 1
+    assert "On paper: the first 40 of 41 rows" in page
+    assert "tbody tr:nth-child(n+41){display:none}" in page
