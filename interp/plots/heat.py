@@ -36,7 +36,7 @@ def expert_heat(
         rows=len(chosen), cols=1, shared_xaxes=True, subplot_titles=[escaped(label) for label in chosen],
         vertical_spacing=40 / height,
     )  # fmt: skip
-    signed, top = _scale(table[value])
+    signed, top = _scale(table.loc[table["label"].isin(chosen), value])
     for row, label in enumerate(chosen, 1):
         part = table[table["label"] == label]
         grid = part.pivot_table(index="layer", columns="expert", values=value, aggfunc="mean").reindex(layers)
