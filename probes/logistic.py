@@ -6,15 +6,19 @@ For labels y and features x the binary probe minimises
 
 and the multinomial one the softmax form with a weight vector per class: scikit-learn's LogisticRegression, intercept
 unpenalised. Activations are badly conditioned (a few directions are a thousand times as large as most), which costs a
-quasi-Newton method hundreds of passes over them. Three things save most of that:
+quasi-Newton method hundreds of passes over them. Here it takes five to ten:
 
-1. Curvature. We minimise over u with w = P u, P P' = H^-1, where H = I + C X' diag(p (1 - p)) X is the Hessian where
-   the search begins (for several classes its diagonal blocks). Seen from u every direction is about equally steep.
-2. A rough fit first. With many rows a few thousand of them, drawn at random, give a start close to the minimum and an
-   H that is off by a quarter at most: both cost a tenth of a pass. L-BFGS (scipy's) on all rows then needs some five.
-3. One reading a pass. Scores and gradient are taken block by block, while the block is still in the processor's cache.
+1. Few rows stand for all. A pass over all rows gives each one's error p - y; then some thousands are drawn in
+   proportion to |p - y| |x|^2, each weighted by one over its chance. An even sample would do for a hard question; in an
+   easy one it holds hardly a row that counts, and of rare directions hardly a row that has them.
+2. Far from the minimum the small problem is solved in place of the whole, with a linear term that makes its slope that
+   of the whole here (Shamir et al. 2014, "Communication-efficient distributed optimization", arXiv:1312.7853, eq. 13).
+3. Near it, L-BFGS (scipy's) runs on all rows, over u with w = P u, P P' = H^-1, where H = I + C X' diag(p (1 - p)) X is
+   the Hessian (for several classes its diagonal blocks) from the rows drawn. Seen from u every direction is about
+   equally steep, and each pass gains a digit.
+4. It begins with what an even sample says under the whole's C: by its size a far stronger penalty, as so few rows need.
 
-The minimum is the same, whatever the start and H; tests compare it with scikit-learn's.
+The minimum is the same, whatever rows are drawn; tests compare it with scikit-learn's.
 """
 
 from __future__ import annotations
@@ -29,8 +33,13 @@ from torch import Tensor
 
 from probes.errors import ProbeWarning
 
-BLOCK = 2048  # rows: some 5 MB of a residual stream
-ROUGH = 8192  # rows of the rough fit, or eight times the features where that is more
+BLOCK = 2048  # rows read at once, and then again from the processor's cache: some 5 MB of a residual stream
+SAMPLE = 8192  # rows that stand for all, or eight times the features where that is more
+EVEN = 0.1  # share of the draw that does not go by error, so that no row stands for too many others
+LEAST = 50  # rows of each class in the even sample, where there are as many
+FAR, TRIES = 0.02, 10  # more of F than that is to be gained: the small problem is solved first; so often at most
+ROUGH = 0.03  # tol of the small problem; more would be precise about the wrong minimum
+STEPS = 20  # L-BFGS iterations before H is taken anew
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,22 @@ class Fit:
     passes: int
     converged: bool
 
+    @property
+    def joined(self) -> Tensor:
+        """Weights with the intercepts behind them [class or 1, feature + 1]."""
+        return torch.cat([self.weight, self.bias[:, None]], 1)
 
-def minimise(x: Tensor, y: Tensor, n_classes: int, C: float = 1.0, *, tol: float = 1e-5, max_iter: int = 200) -> Fit:
+
+@dataclass(frozen=True)
+class _Slope:
+    """F, its gradient [class or 1, feature + 1], and p - y of each row [sample, class or 1]."""
+
+    value: float
+    gradient: Tensor
+    error: Tensor
+
+
+def minimise(x: Tensor, y: Tensor, n_classes: int, C: float = 1.0, *, tol: float = 1e-3, max_iter: int = 200) -> Fit:
     """Minimises F.
 
     Args:
@@ -52,23 +75,24 @@ def minimise(x: Tensor, y: Tensor, n_classes: int, C: float = 1.0, *, tol: float
         y: class numbers [sample], 0 .. n_classes - 1.
         n_classes: 2 gives the binary probe with one weight vector, for class 1.
         C: inverse strength of the penalty, as in scikit-learn.
-        tol: on the largest entry of the gradient in u, relative to its value at w = 0.
+        tol: the gradient's length in u, relative to sqrt(2 F): F is then about tol^2 F above its minimum.
         max_iter: L-BFGS iterations; a warning says so when they do not suffice.
     """
     return path(x, y, n_classes, [C], tol=tol, max_iter=max_iter)[0]
 
 
 def path(
-    x: Tensor, y: Tensor, n_classes: int, Cs: Sequence[float], *, tol: float = 1e-5, max_iter: int = 200
+    x: Tensor, y: Tensor, n_classes: int, Cs: Sequence[float], *, tol: float = 1e-3, max_iter: int = 200
 ) -> list[Fit]:
     """The minimum for each of several penalties, in the order given; each begins where the last weaker one ended."""
     if len(x) < x.shape[1]:  # the minimum lies in the span of the samples: solve there, with as many weights as samples
         basis = torch.linalg.qr(x.T)[0]
         inner = path(x @ basis, y, n_classes, Cs, tol=tol, max_iter=max_iter)
         return [Fit(f.weight @ basis.T.double(), f.bias, f.passes, f.converged) for f in inner]
-    problem, found, last = _Problem(x, y, n_classes), {}, None
+    classes = torch.arange(1, n_classes) if n_classes == 2 else torch.arange(n_classes)
+    problem, found, last = _Problem(x, (y[:, None] == classes).to(x)), {}, None
     for C in sorted(set(Cs)):
-        found[C] = last = problem.solve(C, last, tol, max_iter)
+        found[C] = last = problem.solve(C, None if last is None else last.joined, tol, max_iter)
         if not last.converged:
             warnings.warn(
                 f"logistic probe: {max_iter} iterations did not reach tol={tol:g}; raise max_iter, or lower C={C:g} "
@@ -80,103 +104,177 @@ def path(
 
 
 class _Problem:
-    """Features and labels, and a sample of their rows where there are many."""
+    """F over rows x [sample, feature] of classes y [sample, class or 1], one-hot, each row counted `weight` times.
 
-    def __init__(self, x: Tensor, y: Tensor, n_classes: int) -> None:
-        self.x, self.y, self.n_classes, self.d = x, y, n_classes, x.shape[1]
-        self.rows = 1 if n_classes == 2 else n_classes
-        self.rough: _Problem | None = None
-        size = max(ROUGH, 8 * self.d)
-        if len(x) >= 2 * size:
-            chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:size].sort().values
-            if len(y[chosen].unique()) == n_classes:
-                self.rough = _Problem(x[chosen], y[chosen], n_classes)
+    With a `pull` = (gradient, from where) its product with the way from there is added: a line that tilts F.
+    """
 
-    def solve(self, C: float, start: Fit | None, tol: float, max_iter: int) -> Fit:
+    def __init__(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        self.x, self.y, self.d, self.rows = x, y, x.shape[1], y.shape[1]
+        self.weight = x.new_ones(len(x), 1) if weight is None else weight.to(x)
+        self.size = max(SAMPLE, 8 * self.d)
+        self.many = len(x) >= 2 * self.size
+        self.length = torch.cat([p.square().sum(1) for p in x.split(BLOCK)]).double() if self.many else x.new_ones(1)
+        self.pull: tuple[Tensor, Tensor] | None = None
+
+    def solve(self, C: float, w: Tensor | None, tol: float, max_iter: int, lower: Tensor | None = None) -> Fit:
+        """The minimum from w, or from nothing, where `lower` is the first H's factor L, H = L L', if that is known."""
+        w = self.start(C, max_iter) if w is None else w
+        at, passes, done, tries = self.slope(w, C), 1, 0, 0
+        while max(done, passes) < max_iter:
+            few, error = self.drawn(at.error) if self.many else (self, at.error)
+            lower = few.curvature(error, C) if lower is None else lower
+            gain = _gain(_to_u(lower, at.gradient))  # so much does H foretell
+            if self.many and gain > FAR * at.value and tries < TRIES:
+                few.pull = at.gradient - few.slope(w, C).gradient, w
+                step = few.solve(C, w, ROUGH, max_iter, lower).joined - w
+                found = self.slope(w + step, C)
+                passes, tries = passes + 1, tries + 1
+                while found.value > at.value and passes < max_iter:  # F falls along it, if not so far
+                    step /= 4
+                    found, passes = self.slope(w + step, C), passes + 1
+                w, at = w + step, found
+                # H as it was is good enough to solve the small problem by
+                lower = lower if _gain(_to_u(lower, at.gradient)) > FAR * at.value else None
+            elif gain <= tol**2 * at.value:
+                break
+            else:
+                before = at.value
+                w, at, n, more, near = self.descend(w, at, lower, C, tol, min(STEPS, max_iter - done))
+                passes, done, lower = passes + more, done + n, None
+                if near or before - at.value <= self.rounding(before):
+                    break
+        return Fit(w[:, : self.d].contiguous(), w[:, self.d].contiguous(), passes, max(done, passes) < max_iter)
+
+    def start(self, C: float, max_iter: int) -> Tensor:
+        """No weights, and intercepts by the classes' shares; of many rows, what an even sample says from there."""
+        count, w = (self.weight * self.y).sum(0).double(), torch.zeros(self.rows, self.d + 1, dtype=torch.float64)
+        w[:, self.d] = (
+            (count / (self.weight.sum() - count)).log() if self.rows == 1 else count.log() - count.log().mean()
+        )
+        if not self.many:
+            return w
+        share, least = self.size / len(self.x), torch.tensor(float(LEAST))
+        of_class = self.y @ (least / count.to(self.y))
+        if self.rows == 1:
+            of_class += (1 - self.y[:, 0]) * least / (len(self.x) - float(count))
+        few = self.draw(of_class.double().clamp(min=share, max=1))[0]
+        return few.solve(C * share, w, 3 * ROUGH, max_iter).joined
+
+    def drawn(self, error: Tensor) -> tuple[_Problem, Tensor]:
+        """The rows that matter where errors [sample, class or 1] are these, and their errors."""
+        weight = error.abs().sum(1, dtype=torch.float64) * self.length
+        weight += EVEN * weight.mean() + 1e-30
+        chance = weight * (self.size / weight.sum())
+        for _ in range(4):  # what rows surely drawn leave over goes to the others
+            sure = chance >= 1
+            left = self.size - int(sure.sum())
+            if left <= 0 or bool(sure.all()):
+                break
+            chance = torch.where(sure, 1.0, weight * (left / weight[~sure].sum()))
+        few, chosen = self.draw(chance.clamp(max=1))
+        return few, error[chosen]
+
+    def draw(self, chance: Tensor) -> tuple[_Problem, Tensor]:
+        """Rows with the chances given [sample], each standing for one over its chance, and their numbers."""
+        count = (chance.cumsum(0) + 0.5).floor().numpy()
+        chosen = torch.from_numpy(np.flatnonzero(np.diff(count, prepend=0)))  # each time a whole number is passed
+        x = torch.from_numpy(self.x.numpy()[chosen.numpy()])
+        return _Problem(x, self.y[chosen], self.weight[chosen] / chance[chosen, None]), chosen
+
+    def descend(
+        self, start: Tensor, at: _Slope, lower: Tensor, C: float, tol: float, most: int
+    ) -> tuple[Tensor, _Slope, int, int, bool]:
+        """At most so many iterations with one H: where they end, F there, how many, how many passes, if near enough."""
         from scipy.optimize import minimize
 
-        share = 1.0
-        near = self
-        if self.rough is not None:
-            near, share = self.rough, len(self.x) / len(self.rough.x)
-            start = near.solve(C * share, start, max(tol, 1e-3), max_iter)
-        w = torch.zeros(self.rows, self.d + 1, dtype=torch.float64)
-        zero = near.slope(w, C * share)[1]
-        if start is not None:
-            w = torch.cat([start.weight, start.bias[:, None]], 1)
-        lower = near.curvature(w, C * share)  # H = L L'; u = L' w
-
-        def to_u(gradient: Tensor) -> Tensor:
-            return torch.linalg.solve_triangular(lower, gradient[..., None], upper=False)[..., 0]
-
-        def to_w(u: np.ndarray, scale: float) -> Tensor:
-            step = torch.from_numpy(u * scale).view(self.rows, self.d + 1, 1)
-            return w + torch.linalg.solve_triangular(lower.mT, step, upper=True)[..., 0]
-
-        goal = tol * max(float(to_u(zero).abs().max()), 1e-30)
-        value, gradient = self.slope(w, C)
-        first = to_u(gradient)
+        first = _to_u(lower, at.gradient)
         # In units of the first gradient's length scipy's first step, of length one, is Newton's.
         scale = max(float(first.norm()), 1e-300)
-        passes, known = 1, (value, first)
+        seen, passes, near = (np.zeros(start.numel()), at), 0, False
+
+        def to_w(u: np.ndarray) -> Tensor:
+            step = torch.from_numpy(u * scale).view(self.rows, self.d + 1, 1)
+            step = torch.linalg.solve_triangular(lower.mT, step, upper=True)[..., 0]
+            # What all classes share changes no probability, only the penalty: at the minimum it is 0, so it stays so.
+            return start + (step - step.mean(0) if self.rows > 1 else step)
 
         def value_and_gradient(u: np.ndarray) -> tuple[float, np.ndarray]:
-            nonlocal passes
-            now, slope = known
-            if u.any():
-                passes += 1
-                now, g = self.slope(to_w(u, scale), C)
-                slope = to_u(g)
-            return (now - value) / scale**2, (slope / scale).reshape(-1).numpy()
+            nonlocal seen, passes
+            if (u != seen[0]).any():
+                seen, passes = (u.copy(), self.slope(to_w(u), C)), passes + 1
+            slope = _to_u(lower, seen[1].gradient) / scale
+            return (seen[1].value - at.value) / scale**2, slope.reshape(-1).numpy()
 
-        if float(first.abs().max()) <= goal:
-            return Fit(w[:, : self.d].contiguous(), w[:, self.d].contiguous(), passes, True)
-        rounding = torch.finfo(self.x.dtype).eps * len(self.x) ** -0.5 * abs(value) / scale**2  # of F; less is no gain
+        def enough(xk: np.ndarray) -> None:
+            nonlocal near
+            value, slope = value_and_gradient(xk)
+            near = 0.5 * float(slope @ slope) <= tol**2 * (value + at.value / scale**2)
+            if near:
+                raise StopIteration
+
         found = minimize(
-            value_and_gradient, np.zeros(w.numel()), jac=True, method="L-BFGS-B",
-            options={"maxiter": max_iter, "gtol": goal / scale, "ftol": rounding, "maxcor": 20},
+            value_and_gradient, np.zeros(start.numel()), jac=True, method="L-BFGS-B", callback=enough,
+            options={"maxiter": most, "gtol": 0.0, "ftol": self.rounding(at.value) / scale**2, "maxcor": 20,
+                     "maxls": 4},
         )  # fmt: skip
-        w = to_w(found.x, scale)
-        if self.rows > 1:  # what all classes share changes no probability, only the penalty: at the minimum it is 0
-            w = w - w.mean(0)
-        return Fit(w[:, : self.d].contiguous(), w[:, self.d].contiguous(), passes, found.nit < max_iter)
+        value_and_gradient(found.x)
+        return to_w(found.x), seen[1], found.nit, passes, near
 
-    def slope(self, w: Tensor, C: float) -> tuple[float, Tensor]:
-        """F and its gradient [class or 1, feature + 1] at weights with their intercepts, in one reading of the data."""
+    def rounding(self, value: float) -> float:
+        """Of F: less is no gain."""
+        return 0.1 * torch.finfo(self.x.dtype).eps * abs(value)
+
+    def slope(self, w: Tensor, C: float) -> _Slope:
+        """F and what goes with it at weights with their intercepts, in one reading of the data."""
         weight, bias = w[:, : self.d].to(self.x), w[:, self.d].to(self.x)
-        total, out = 0.0, torch.zeros_like(w)
-        for part, label in zip(self.x.split(BLOCK), self.y.split(BLOCK), strict=True):
-            score = torch.addmm(bias, part, weight.T)
-            if self.rows == 1:
-                margin = score[:, 0] * (1 - 2 * label)  # > 0: on the wrong side
-                total += float(torch.nn.functional.softplus(margin).sum(dtype=torch.float64))
-                error = (score[:, 0].sigmoid() - label)[:, None]
-            else:
-                logp = score.log_softmax(-1)
-                total -= float(logp.gather(1, label[:, None]).sum(dtype=torch.float64))
-                error = logp.exp()
-                error[torch.arange(len(label)), label] -= 1
-            out[:, : self.d] += error.T @ part
-            out[:, self.d] += error.sum(0, dtype=torch.float64)
-        out *= C
+        out, score, error = torch.zeros_like(w), torch.empty_like(self.y), torch.empty_like(self.y)
+        every = (self.x, self.y, self.weight, score, error)
+        for part, label, v, s, e in zip(*(a.split(BLOCK) for a in every), strict=True):
+            torch.addmm(bias, part, weight.T, out=s)
+            torch.sigmoid(s, out=e) if self.rows == 1 else torch.softmax(s, -1, out=e)
+            e -= label
+            out[:, : self.d] += (e * v).T @ part
+        out[:, self.d] = (error * self.weight).sum(0, dtype=torch.float64)
+        out = C * out
         out[:, : self.d] += w[:, : self.d]
-        return 0.5 * float((w[:, : self.d] ** 2).sum()) + C * total, out
+        if self.rows == 1:
+            loss = torch.nn.functional.softplus(score * (1 - 2 * self.y))
+        else:
+            loss = score.logsumexp(1, keepdim=True) - (score * self.y).sum(1, keepdim=True)
+            out -= out.mean(0)
+        value = 0.5 * float((w[:, : self.d] ** 2).sum()) + C * float((loss.double() * self.weight).sum())
+        if self.pull is not None:
+            tilt, origin = self.pull
+            value, out = value + float((tilt * (w - origin)).sum()), out + tilt
+        return _Slope(value, out, error)
 
-    def curvature(self, w: Tensor, C: float) -> Tensor:
+    def curvature(self, error: Tensor, C: float) -> Tensor:
         """Lower Cholesky factors of the Hessian's diagonal blocks [class or 1, feature + 1, feature + 1]."""
-        weight, bias = w[:, : self.d].to(self.x), w[:, self.d].to(self.x)
-        gram = torch.zeros(self.rows, self.d + 1, self.d + 1, dtype=torch.float64)
-        for part in self.x.split(BLOCK):
-            score = torch.addmm(bias, part, weight.T)
-            p = score.sigmoid() if self.rows == 1 else score.softmax(-1)
-            root = (p * (1 - p)).clamp(min=1e-4).sqrt()
-            one = torch.cat([part, part.new_ones(len(part), 1)], 1)
-            for k in range(self.rows):
-                scaled = one * root[:, k, None]
-                gram[k] += scaled.T @ scaled
-        hessian = C * gram
+        from scipy.linalg.blas import dsyrk, ssyrk
+
+        x, size = self.x.numpy(), error.abs()
+        weight = (size * (1 - size) * self.weight).clamp(min=0).sqrt().numpy()  # |p - y| is p or 1 - p
+        product = ssyrk if x.dtype == np.float32 else dsyrk  # a symmetric product is half of the work
+        scaled, gram = np.empty((len(x), self.d + 1), x.dtype), np.empty((self.rows, self.d + 1, self.d + 1))
+        for k, root in enumerate(weight.T):
+            np.multiply(x, root[:, None], out=scaled[:, : self.d])
+            scaled[:, self.d] = root
+            half = product(1.0, scaled.T, lower=1)
+            gram[k] = np.tril(half) + np.tril(half, -1).T
+        hessian = torch.from_numpy(C * gram)
         diagonal = hessian.diagonal(dim1=1, dim2=2)
         diagonal[:, : self.d] += 1
         # Rounding of a float32 product must not make it indefinite.
         diagonal += 1e-7 * diagonal.mean(1, keepdim=True)
         return torch.linalg.cholesky(hessian)
+
+
+def _to_u(lower: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in w [class or 1, feature + 1] as one in u."""
+    return torch.linalg.solve_triangular(lower, gradient[..., None], upper=False)[..., 0]
+
+
+def _gain(gradient: Tensor) -> float:
+    """How far F would fall were it a parabola with this gradient in u."""
+    return 0.5 * float(gradient.square().sum())

@@ -90,6 +90,48 @@ def test_an_easy_question_takes_few_passes_and_ends_no_higher_than_scikit_learn(
     assert mine.score(X, y) > 0.97
 
 
+def hard_cases():
+    """Many rows, each a way in which a few of them fail to stand for all."""
+    rng = np.random.default_rng(0)
+    n, d = 20_000, 12
+    z = rng.standard_normal((n, d), dtype=np.float32)
+    score = z @ rng.standard_normal(d, dtype=np.float32)
+    noise = rng.logistic(size=n)
+    massive = z.copy()
+    massive[::500, 3] = 2000 + 100 * z[::500, 3]  # one dimension, on one row of 500, as of a text's first token
+    graded = (z * np.logspace(-3, 3, d)).astype(np.float32)
+    sparse = np.where(rng.random((n, d)) < 0.002, 10 * z, 0).astype(np.float32)  # directions that few rows have
+    sparse[:, 0] = z[:, 0]
+    rare = (score + noise > np.quantile(score + noise, 0.99)).astype(int)
+    yield "separable", z, (score > 0).astype(int)
+    yield "massive", massive, (score + noise > 0).astype(int)
+    yield "graded", graded, (score + noise > 0).astype(int)
+    yield "sparse", sparse, (3 * sparse.sum(1) + noise > 0).astype(int)
+    yield "one in a hundred", z, rare
+    yield "three classes, one in a hundred", z, np.where(rare, 2, score + noise[::-1] > 0)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_hard_cases_end_where_newtons_method_does(standardize):
+    for name, X, y in hard_cases():
+        wide = X.astype(float)
+        scaled = StandardScaler().fit_transform(wide) if standardize else wide
+        theirs = LogisticRegression(C=0.1, tol=1e-10, max_iter=500, solver="newton-cholesky").fit(scaled, y)
+        mine = probes.LinearProbe(C=0.1, standardize=standardize).fit(X, y)
+        scale = wide.std(0) if standardize else 1.0
+
+        def objective(weight, bias, features, scale=1.0, y=y):
+            s = features @ weight.T.astype(float) + bias
+            s = np.concatenate([0 * s, s], 1) if s.shape[1] == 1 else s
+            loss = np.logaddexp.reduce(s, axis=1) - s[np.arange(len(s)), y]
+            return 0.5 * ((weight * scale) ** 2).sum() + 0.1 * loss.sum()
+
+        least = objective(theirs.coef_, theirs.intercept_, scaled)
+        assert objective(mine.coef_, mine.intercept_, wide, scale) <= least * (1 + 1e-5), name
+        assert mine.n_iter_ < 40, name
+        assert (mine.predict(X) == theirs.predict(scaled)).mean() > 0.999, name
+
+
 def test_what_all_classes_share_is_nothing():
     """A vector added to every class's changes no probability, so at the minimum of the penalty their sum is 0."""
     X, y = data(4, n=20_000)
