@@ -2,6 +2,7 @@
 
     %load_ext interp.display            in a notebook: from then on the last line of a cell shows itself so
     display.html(m)                     the same as text, for pages of your own
+    m.capture(texts, "resid_<tab>       and sites of your models complete within quotes (`interp.completion`)
 
 In a terminal ``repr`` says the same in one line. A Table is a pandas DataFrame; with the extension it shows the
 settings that it carries (``.attrs``) below its rows. Everything that came from models, files or users is escaped.
@@ -141,7 +142,10 @@ _ALSO = (("steering.vector", "SteeringVector"),)
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """``%load_ext interp.display``: the nouns and Tables with settings show themselves as HTML."""
+    """``%load_ext interp.display``: the nouns and Tables with settings show themselves as HTML, and sites complete."""
+    from interp import completion
+
+    completion.register(shell)
     formatter = shell.display_formatter.formatters["text/html"]
     for module, name in (*_SHOWERS, *_ALSO):
         formatter.for_type_by_name(module, name, html)
@@ -149,6 +153,9 @@ def load_ipython_extension(shell: Any) -> None:
 
 def unload_ipython_extension(shell: Any) -> None:
     """``%unload_ext interp.display``: as before."""
+    from interp import completion
+
+    completion.unregister(shell)
     formatter = shell.display_formatter.formatters["text/html"]
     for module, name in (*_SHOWERS, *_ALSO):
         formatter.deferred_printers.pop((module, name), None)

@@ -99,3 +99,26 @@ def test_ipython_shows_them_and_forgets_them(things: dict[str, Any]) -> None:
         assert shown(things[name]) == display.html(things[name]), name
     display.unload_ipython_extension(Shell)
     assert shown(things["Table"]) == before
+
+
+def test_sites_complete_within_quotes() -> None:
+    """In IPython's own completer, for the sites that the models at hand have; nowhere else, and not after unloading."""
+    from IPython.core.completer import provisionalcompleter
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.user_ns.update(m=interp.load("tiny:llama"), moe=interp.load("tiny:olmoe"))
+
+    def offered(line: str) -> set[str]:
+        with provisionalcompleter():
+            return {c.text for c in shell.Completer.completions(line, len(line)) if c.type == "site"}
+
+    assert not offered('m.capture(x, "resid_')
+    for _ in range(2):  # loading it again changes nothing
+        display.load_ipython_extension(shell)
+    assert offered('m.capture(x, "resid_') == {"resid_pre[*]", "resid_mid[*]", "resid_post[*]"}
+    assert offered("m.capture(x, ['z[0]', 'router") == {"router_logits[*]"}
+    assert "logits" in offered('m.capture(x, "lo')
+    assert not offered("resid_")
+    display.unload_ipython_extension(shell)
+    assert not offered('m.capture(x, "resid_')
