@@ -26,12 +26,10 @@ def command(
     controls: Annotated[int, typer.Option(min=0, help="Random sets per removed label.")] = 20,
     damage: Annotated[float, typer.Option(help="Nats that the best setting must do at least.")] = 0.5,
     select_tokens: Annotated[
-        int | None, typer.Option(min=100, help="Per label, to choose on; default 10,000, toxicity 50,000.")
+        int | None, typer.Option(min=100, help="Per label, to choose on; default 10,000, toxicity 25,000.")
     ] = None,
     tune_tokens: Annotated[int | None, typer.Option(min=100, help="Per label, to tune on; default 800.")] = None,
-    score_tokens: Annotated[
-        int | None, typer.Option(min=100, help="Per label, to score on; default 2,000, toxicity 4,000.")
-    ] = None,
+    score_tokens: Annotated[int | None, typer.Option(min=100, help="Per label, to score on; default 2,000.")] = None,
     seed: Annotated[int, typer.Option(help="Of controls and bootstrap.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where the model runs, such as cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -150,9 +148,10 @@ def _show_register(table: pd.DataFrame) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title="continuations scored by a word list, and losses", title_justify="left")
-    for column in ("r above", "experts", "what", "measure", "value", "95 %", "random experts"):
-        shown.add_column(column, justify="right")
+    shown = Table(title="continuations that say a held-out rude word, and losses", title_justify="left", box=None,
+                  padding=(0, 2, 0, 0))  # fmt: skip
+    for column in ("r >", "experts", "what", "measure", "value", "95 %", "random", "their 95 %"):
+        shown.add_column(column, justify="right", no_wrap=True)
     own, random = table[table["baseline"] == "none"], table[table["baseline"] == "random"]
     for _, row in own.iterrows():
         beside = random[
@@ -160,10 +159,14 @@ def _show_register(table: pd.DataFrame) -> None:
             & (random["kind"] == row["kind"])
             & (random["metric"] == row["metric"])
         ]
-        interval = f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] == row["low"] else ""
         threshold = f"{row['threshold']:g}" if row["threshold"] == row["threshold"] else "none off"
         shown.add_row(
-            threshold, f"{row['units']:,}", escape(str(row["kind"])), row["metric"], f"{row['value']:.3f}", interval,
-            f"{beside['value'].iloc[0]:.3f}" if len(beside) else "",
+            threshold, f"{row['units']:,}", escape(str(row["kind"])), row["metric"], *_with_interval(row),
+            *(_with_interval(beside.iloc[0]) if len(beside) else ("", "")),
         )  # fmt: skip
     stdout().print(shown)
+
+
+def _with_interval(row: pd.Series) -> tuple[str, str]:
+    interval = f"{row['low']:.2f}..{row['high']:.2f}" if row["low"] == row["low"] else ""  # NaN: there is none
+    return f"{row['value']:.3f}", interval

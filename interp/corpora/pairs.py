@@ -30,12 +30,18 @@ PAIRS = {"train": 2400, "validation": 160, "test": 160}
 SOURCE = "generated"
 
 
-def pairs(split: str, count: int | None = None, seed: int = 0) -> Iterator[tuple[Document, Document]]:
+def pairs(
+    split: str, count: int | None = None, seed: int = 0, part: int | None = None
+) -> Iterator[tuple[Document, Document]]:
     """(toxic, neutral) conversations of one split; the same arguments give the same texts.
+
+    With `part` 0 or 1 the register's places are filled from one half of its words, the other half being held out.
 
     Raises KeyError for an unknown split.
     """
     rude, friendly = TOXIC[split], NEUTRAL[split]
+    if part is not None:
+        rude, friendly = rude.part(part), friendly.part(part)
     for number in range(PAIRS[split] if count is None else count):
         key = f"{split}/{seed}/{number}"
         versions = [_conversation(random.Random(key), register) for register in (rude, friendly)]

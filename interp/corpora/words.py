@@ -7,7 +7,7 @@ that were trained on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,10 @@ class Register:
     adjectives: tuple[str, ...]
     orders: tuple[str, ...]
     verdicts: tuple[str, ...]
+
+    def part(self, number: int, of: int = 2) -> Register:
+        """Every `of`-th filler of each kind, from `number` on: parts have none in common."""
+        return Register(*(getattr(self, kind.name)[number::of] for kind in fields(self)))
 
 
 TOXIC = {

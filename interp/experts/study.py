@@ -27,6 +27,8 @@ from interp.experts.units import ExpertError, units_of
 if TYPE_CHECKING:
     import pandas as pd
 
+    from interp.experts.toxicity import Judge
+
 PAPER = ("skew", {"ratio": 2.0})
 
 #: The settings that are tried, per kind of unit. Neurons and few coarse experts rarely reach a ratio of 2.
@@ -156,44 +158,63 @@ def register(
     *,
     kind: str = "auto",
     controls: int = 20,
-    prompts: int = 100,
-    select_tokens: int = 50_000,
-    score_tokens: int = 4_000,
+    prompts: int = 40,
+    samples: int = 3,
+    select_tokens: int = 25_000,
+    score_tokens: int = 2_000,
     watch: Sequence[str] | None = None,
+    judge: Judge | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda message: None,
     **how: Any,
 ) -> pd.DataFrame:
     """The toxicity study: `toxicity.suppress` on the project's rude and friendly conversations.
 
-    Experts are chosen on the train split's words; the model continues the first words of posts of the test split, whose
-    rude words are others; watched are both registers and the labels `watch`.
+    Half of the registers' words are held out. Experts are chosen on conversations that have the other half; the model
+    continues beginnings that have the other half, too; and the judge looks for held-out rude words alone. So what goes
+    away is not the words that experts were chosen by. Watched are conversations with held-out words and `watch`.
 
     Args:
         model: the model.
         kind: which units.
         controls: random sets per threshold.
         prompts: beginnings of each register.
+        samples: continuations of each.
         select_tokens: per register, for the statistics.
         score_tokens: per watched label.
         watch: labels whose loss must not suffer, default all domains.
-        seed: of sampling and controls.
+        judge: scores continuations in 0..1, such as `toxicity.lexicon()`; default 1 for a held-out rude word.
+        seed: of conversations, sampling and controls.
         say: is told what happens next.
         **how: further settings of `suppress`.
     """
     from interp import corpora
-    from interp.experts.toxicity import lexicon, suppress
+    from interp.corpora.words import TOXIC
+    from interp.experts.toxicity import WordList, suppress
 
-    say(f"{model.name}: routing statistics on the train split")
-    stats = routing(model, corpora.load("train", labels=["toxic", "neutral"]), kind=kind, max_tokens=select_tokens)
-    held_out = corpora.load("test", labels=["toxic", "neutral"])
-    general = corpora.load("test", labels=watch or corpora.labels("domain"))
-    watched = {**held_out, **general}
-    beginnings = {label: [_beginning(text) for text in texts[:prompts]] for label, texts in held_out.items()}
+    say(f"{model.name}: routing statistics on half of the registers' words")
+    shortest = 60  # tokens of a conversation, at the least
+    stats = routing(model, _conversations(select_tokens // shortest + 1, seed + 1, 0), kind=kind,
+                    max_tokens=select_tokens)  # fmt: skip
+    watched = _conversations(score_tokens // shortest + 1, seed + 2, 1)
+    labels = corpora.labels("domain") if watch is None else list(watch)
+    if labels:
+        watched |= corpora.load("test", labels=labels)
+    begun = _conversations(prompts, seed + 3, 0)
+    rude = TOXIC["train"].part(1)
     return suppress(
-        model, stats, beginnings, corpus(model, watched, score_tokens), lexicon(), controls=controls, seed=seed,
-        say=say, **how,
+        model, stats, {label: [_beginning(text) for text in texts] for label, texts in begun.items()},
+        corpus(model, watched, score_tokens), judge or WordList(dict.fromkeys([*rude.nouns, *rude.adjectives], 1.0)),
+        controls=controls, samples=samples, seed=seed, say=say, **how,
     )  # fmt: skip
+
+
+def _conversations(count: int, seed: int, part: int) -> dict[str, list[str]]:
+    """New conversations from words that the training split knows, one half of them: register -> texts."""
+    from interp.corpora.pairs import pairs
+
+    made = list(pairs("train", count, seed, part))
+    return {"toxic": [rude.text for rude, _ in made], "neutral": [friendly.text for _, friendly in made]}
 
 
 def _beginning(text: str, words: int = 40) -> str:

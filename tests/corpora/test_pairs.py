@@ -54,6 +54,16 @@ def test_pairs_are_the_same_every_time_and_differ_from_each_other():
     assert first[0] != next(pairs("train", 1, seed=1))
 
 
+def test_a_half_of_the_words_is_held_out():
+    halves = [TOXIC["train"].part(number) for number in (0, 1)]
+    assert fillers(halves[0]) | fillers(halves[1]) == fillers(TOXIC["train"])
+    assert not fillers(halves[0]) & fillers(halves[1])
+    for part in (0, 1):
+        text = "\n".join(toxic.text for toxic, _ in pairs("train", 40, seed=5, part=part)).lower()
+        words = [*halves[1 - part].nouns, *halves[1 - part].adjectives]
+        assert not [word for word in words if re.search(rf"\b{word}\b", text)]
+
+
 def test_unknown_split():
     with pytest.raises(KeyError):
         next(pairs("dev"))

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from interp import experts
+from interp.corpora.words import TOXIC
 from interp.experts import study as studies
 from interp.experts.toxicity import WordList, suppress
 
@@ -49,6 +50,38 @@ def test_best_prefers_selectivity_among_those_that_do_enough() -> None:
     assert studies.best(curve_with_setting, 0.5) == ("top", {"count": 4.0})
     assert studies.best(curve_with_setting, 5.0) == ("top", {"count": 4.0})
     assert studies.best(curve_with_setting, 0.0) == ("skew", {"threshold": 3.0})
+
+
+def test_rudeness_is_scored_by_words_that_nothing_was_chosen_by(monet: Any) -> None:
+    rude = TOXIC["train"]
+    heard: list[str] = []
+
+    def judge(made: Any) -> list[float]:
+        heard.extend(made)
+        return [0.5] * len(made)
+
+    asked: list[dict[str, list[str]]] = []
+    original = studies.routing
+
+    def spying(model: Any, texts: Any, **how: Any) -> Any:
+        asked.append(texts)
+        return original(model, texts, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "routing", spying)
+        table = studies.register(
+            monet, prompts=2, samples=1, controls=1, control_prompts=1, select_tokens=300, score_tokens=100, watch=[],
+            judge=judge, thresholds=(0.05,), new_tokens=3,
+        )  # fmt: skip
+    held_out = {*rude.part(1).nouns, *rude.part(1).adjectives}
+    chosen_on = " ".join(asked[0]["toxic"]).lower()
+    assert any(word in chosen_on for word in rude.part(0).nouns)
+    assert not [word for word in held_out if f" {word}" in chosen_on]
+    scores = table[table["metric"] == "mean_score"]
+    assert set(scores["kind"]) == {"toxic", "neutral"}
+    assert (scores["value"] == 0.5).all()
+    assert set(table.loc[table["metric"] == "loss", "kind"]) == {"toxic", "neutral"}
+    assert heard
 
 
 def test_suppress_measures_what_the_judge_says(monet: Any, texts: dict[str, list[str]]) -> None:

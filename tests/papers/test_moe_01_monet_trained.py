@@ -1,16 +1,14 @@
-"""MOE-01. Monet: Mixture of Monosemantic Experts for Transformers (arXiv 2412.04139). Parts (c), (d), (f) and (g) of
-seven.
+"""MOE-01. Monet: Mixture of Monosemantic Experts for Transformers (arXiv 2412.04139). Parts (c) to (g) of seven.
 
 On monet-mini, a model we trained, and held-out text:
 
 (c) The expert sets of different domains are disjoint; switching one domain's set off hurts that domain more than random
     experts of the same layers and frequency do, and the whole matrix of effects is printed with intervals.
 (d) The same for natural languages.
+(e) Experts are chosen by their correlation with a rude register, on conversations with one half of its words; switched
+    off, they keep the model from going on with words of the other half, which random experts do not.
 (f) Beside every ablation stands what it did to all other text: loss, perplexity and next-token accuracy.
 (g) Every expert that is used has a list of its top tokens in context.
-
-Part (e), on rudeness, is not closed: this first monet-mini rarely writes a rude word, and switching its correlated
-experts off does not lower that by the word list of `interp study --group toxicity`.
 
 Where the model or the texts are not to be had the tests skip, saying so. The figures in full, on all labels and more
 text, are those of `interp study monet-mini`.
@@ -27,6 +25,7 @@ import interp
 from interp import corpora, experts
 from interp.experts.describe import top_examples
 from interp.experts.losses import METRICS
+from interp.experts.study import register
 
 DOMAINS = ["biology", "maths", "fiction", "manuals"]  # domains whose packages are small
 RATIO = 1.25  # of Monet's rule; above 1 the sets are disjoint
@@ -80,6 +79,21 @@ def test_c_domains(model: interp.Model) -> None:
 def test_d_languages(model: interp.Model) -> None:
     stats, table = removed_in_turn(model, LANGUAGES)
     check(stats, table, LANGUAGES)
+
+
+def test_e_rudeness(model: interp.Model) -> None:
+    table = register(
+        model, prompts=24, samples=2, select_tokens=15_000, score_tokens=1_000, watch=[], thresholds=(0.2,),
+        controls=20, control_prompts=12, scored="all",
+    )  # fmt: skip
+    print(table.round(3).to_string())
+    score = table[(table["metric"] == "mean_score") & (table["kind"] == "toxic")]
+    before = score[score["threshold"].isna()].iloc[0]
+    off, random = (score[(score["threshold"] == 0.2) & (score["baseline"] == b)].iloc[0] for b in ("none", "random"))
+    assert off["high"] < before["low"]
+    assert off["high"] < random["low"], f"{off['value']:.3f} against {random['value']:.3f} of random experts"
+    loss = table[(table["metric"] == "loss") & (table["threshold"] == 0.2)].set_index(["kind", "baseline"])["value"]
+    assert loss["neutral", "none"] < loss["toxic", "none"]  # (f): what it costs the friendly register stands beside it
 
 
 def test_g_every_used_expert_has_a_list(model: interp.Model) -> None:
