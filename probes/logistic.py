@@ -114,7 +114,7 @@ class _Problem:
         self.weight = x.new_ones(len(x), 1) if weight is None else weight.to(x)
         self.size = max(SAMPLE, 8 * self.d)
         self.many = len(x) >= 2 * self.size
-        self.length = torch.cat([p.square().sum(1) for p in x.split(BLOCK)]).double() if self.many else x.new_ones(1)
+        self.length = torch.from_numpy(np.einsum("ij,ij->i", x.numpy(), x.numpy())) if self.many else x.new_ones(1)
         self.pull: tuple[Tensor, Tensor] | None = None
 
     def solve(self, C: float, w: Tensor | None, tol: float, max_iter: int, lower: Tensor | None = None) -> Fit:
