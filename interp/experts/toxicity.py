@@ -1,14 +1,15 @@
 """Cutting a rude register out, and measuring what the model then writes (Monet, section 5.3).
 
-    table = suppress(m, stats, prompts, neutral, score=lexicon())
+    table = suppress(m, stats, prompts, watched, judge)          # or study.register(m): all of it, on made-up conversations
 
 Experts are chosen by the Pearson correlation of their routing weight with the label of the *training* documents, at
 the paper's thresholds .2, .1 and .05. What is measured is something else: the model continues held-out prompts, and a
 judge that had no part in the choice scores the continuations. Beside it stand the loss on text that must not suffer,
 and random experts of the same layers and frequency.
 
-The judge that comes with this module is a word list (the package `cuss`, MIT), fetched when it is used. It is blind to
-context and to rudeness without rude words: it ranks samples, it does not certify a model as safe.
+A judge is any function of texts. A `WordList` of words that were held out of the choice is the strictest of the simple
+ones; `lexicon` is a list made by others (the package `cuss`, MIT), fetched when it is used. Word lists are blind to
+context and to rudeness without rude words: they rank samples, they do not certify a model as safe.
 """
 
 from __future__ import annotations
