@@ -1,6 +1,6 @@
 """Cutting a rude register out, and measuring what the model then writes (Monet, section 5.3).
 
-    table = suppress(m, stats, prompts, watched, judge)          # or study.register(m): all of it, on made-up conversations
+    table = suppress(m, stats, prompts, watched, judge)     # study.register(m): all of it, on made-up conversations
 
 Experts are chosen by the Pearson correlation of their routing weight with the label of the *training* documents, at
 the paper's thresholds .2, .1 and .05. What is measured is something else: the model continues held-out prompts, and a
