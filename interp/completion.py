@@ -26,7 +26,8 @@ def sites(line: str, names: Mapping[str, Any]) -> tuple[str, list[str]]:
     found = _BEGUN.search(line)
     if found is None:
         return "", []
-    begun, out = found[1], {}
+    begun = found[1]
+    out: dict[str, None] = {}  # in order, each once
     for model in (value for value in list(names.values()) if isinstance(value, Model)):
         for row in model.map().to_dict("records"):
             if row["present"] and row["site"].startswith(begun):
