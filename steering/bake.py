@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from interp.cards import NOT_MEASURED, Card
+from interp.quiet import quiet
 from interp.sites import Site
 from interp.version import __version__
 from steering.errors import SteeringError
@@ -156,7 +157,8 @@ def _write(m: Any, config: Any, state: dict[str, Tensor], out: Path) -> None:
     fresh.load_state_dict(state, assign=True)
     if getattr(m.hf, "generation_config", None) is not None:
         fresh.generation_config = copy.deepcopy(m.hf.generation_config)
-    fresh.save_pretrained(out)
+    with quiet():
+        fresh.save_pretrained(out)
     if m.tokenizer is not None:
         m.tokenizer.save_pretrained(out)
 

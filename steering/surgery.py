@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from interp.quiet import quiet
 from steering import pairs as _pairs
 from steering.errors import SteeringError
 from steering.reading import At, one_site, read
@@ -98,7 +99,7 @@ class Surgery:
 
     def save(self, m: Any, out: Any) -> None:
         """A transformers checkpoint with the rows shifted, and the tokenizer. `m` is as before."""
-        with self.applied(m):
+        with self.applied(m), quiet():
             m.hf.save_pretrained(out)
         if m.tokenizer is not None:
             m.tokenizer.save_pretrained(out)

@@ -149,8 +149,8 @@ def _show_register(table: pd.DataFrame) -> None:
     from rich.table import Table
 
     shown = Table(title="continuations that say a held-out rude word, and losses", title_justify="left", box=None,
-                  padding=(0, 2, 0, 0))  # fmt: skip
-    for column in ("r >", "experts", "what", "measure", "value", "95 %", "random", "their 95 %"):
+                  padding=(0, 1, 0, 0))  # fmt: skip
+    for column in ("r >", "off", "text", "measure", "value", "95 %", "random", "95 %"):
         shown.add_column(column, justify="right", no_wrap=True)
     own, random = table[table["baseline"] == "none"], table[table["baseline"] == "random"]
     for _, row in own.iterrows():
@@ -159,7 +159,7 @@ def _show_register(table: pd.DataFrame) -> None:
             & (random["kind"] == row["kind"])
             & (random["metric"] == row["metric"])
         ]
-        threshold = f"{row['threshold']:g}" if row["threshold"] == row["threshold"] else "none off"
+        threshold = f"{row['threshold']:g}" if row["threshold"] == row["threshold"] else "-"
         shown.add_row(
             threshold, f"{row['units']:,}", escape(str(row["kind"])), row["metric"], *_with_interval(row),
             *(_with_interval(beside.iloc[0]) if len(beside) else ("", "")),

@@ -27,6 +27,7 @@ from interp.experts.sets import ExpertSet
 from interp.experts.surgery import operated
 from interp.experts.units import ExpertError
 from interp.progress import bar
+from interp.quiet import quiet
 from interp.version import __version__
 
 How = Literal["auto", "weights", "smaller"]
@@ -75,7 +76,7 @@ def resect(
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with bar("resecting: measuring, writing, comparing", 3) as advance:
+        with quiet(), bar("resecting: measuring, writing, comparing", 3) as advance:
             probe = _probe(model)
             off = ablation.mode == "zero"
             with switched_off(model, ablation.chosen) if off else model.intervene(ablation):

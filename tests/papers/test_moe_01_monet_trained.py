@@ -83,8 +83,8 @@ def test_d_languages(model: interp.Model) -> None:
 
 def test_e_rudeness(model: interp.Model) -> None:
     table = register(
-        model, prompts=24, samples=2, select_tokens=15_000, score_tokens=1_000, watch=[], thresholds=(0.2,),
-        controls=20, control_prompts=12, scored="all",
+        model, prompts=20, samples=2, select_tokens=8_000, score_tokens=400, watch=[], thresholds=(0.2,), controls=20,
+        control_prompts=10, new_tokens=16, seed=0,
     )  # fmt: skip
     print(table.round(3).to_string())
     score = table[(table["metric"] == "mean_score") & (table["kind"] == "toxic")]
