@@ -86,6 +86,12 @@ class RoutingStats:
         """Share of tokens that used the unit [label, router, unit]: SteerMoE's selection rate."""
         return self.used / self.tokens[:, None, None]
 
+    def __repr__(self) -> str:
+        tokens = ", ".join(f"{label} {int(n):,}" for label, n in zip(self.labels, self.tokens, strict=True))
+        more = f"; {', '.join(sorted(self.more))}" if self.more else ""
+        units = f"{self.kind}, {len(self.layers)} layers x {self.size:,}"
+        return f"RoutingStats({units} of {self.name}; tokens: {tokens}{more})"
+
     def index(self, label: str) -> int:
         if label not in self.labels:
             raise ExpertError(f"label {label!r}: the statistics have {', '.join(self.labels)}")

@@ -67,8 +67,9 @@ class ActivationDataset:
         else:
             records = read_records(self.path)
             if not partial or not records:
+                so_far = ", or store.open(dir, partial=True)" if records else ""
                 raise NotADataset(f"dir={str(dir)!r} holds an unfinished dataset ({len(records)} ranges are done): run "
-                                  "store.write with the same arguments to resume it, or store.open(dir, partial=True)")
+                                  f"store.write with the same arguments to resume it{so_far}")
             self.manifest = assemble(self.plan, records)
             parts = self.manifest["parts"]
         self._starts: list[int] = [0, *accumulate(p["rows"] for p in parts)][:-1]

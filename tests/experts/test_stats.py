@@ -82,6 +82,14 @@ def test_saved_statistics_come_back(model: Any, kind: str, texts: dict[str, list
     )
 
 
+def test_statistics_show_what_they_are_of(monet: Any, texts: dict[str, list[str]]) -> None:
+    shown = repr(experts.routing(monet, texts, positions=True))
+    assert shown.startswith("RoutingStats(monet, ")
+    assert all(f"{label} " in shown for label in texts)
+    assert "position" in shown
+    assert len(shown) < 300
+
+
 def test_bad_input_is_told(monet: Any) -> None:
     with pytest.raises(ExpertError, match="no label given"):
         experts.routing(monet, {})
