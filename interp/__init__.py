@@ -29,6 +29,7 @@ _HOME = {
     "ExpertActivations": "interp.activations",
     "Edit": "interp.edits",
     "Scope": "interp.scope",
+    "unfinished": "interp.interrupted",
 }
 _MODULES = ("corpora", "edits", "experts", "metrics", "monet", "patching", "plots", "sae", "store", "zoo")
 
@@ -52,6 +53,7 @@ __all__ = [
     "plots",
     "sae",
     "store",
+    "unfinished",
     "zoo",
 ]
 
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from interp import corpora, edits, experts, metrics, monet, patching, plots, sae, store, zoo
     from interp.activations import Activations, ExpertActivations, Tokens
     from interp.edits import Edit
+    from interp.interrupted import unfinished
     from interp.model import Model
     from interp.scope import Scope
     from interp.sites import Site

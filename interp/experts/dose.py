@@ -22,6 +22,7 @@ from interp.experts.select import select
 from interp.experts.sets import ExpertSet
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
+from interp.interrupted import salvaged
 from interp.progress import bar
 
 if TYPE_CHECKING:
@@ -75,8 +76,19 @@ def dose(
     if label not in data.labels:
         raise ExpertError(f"texts: no text for {label!r}; it has {', '.join(data.labels)}")
     how: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed}
-    parts = []
-    with bar("removing more and more", len(sizes)) as advance:
+    parts: list[pd.DataFrame] = []
+
+    def response() -> pd.DataFrame | None:
+        if not parts:
+            return None
+        frame = pd.concat(parts, ignore_index=True)
+        frame.attrs.update({
+            "model": model.name, "fingerprint": stats.fingerprint, "label": label, "rule": rule, "controls": controls,
+            "settings": dict(settings or {}), "tokens": data.n_tokens, "seed": seed, "chosen_on": stats.data,
+        })  # fmt: skip
+        return frame
+
+    with salvaged("dose", response), bar("removing more and more", len(sizes)) as advance:
         before = losses(model, data, batch_tokens=batch_tokens)
         dense = _Dense(neurons, texts, max_tokens, batch_tokens) if neurons is not None else None
         for size in sizes:
@@ -93,12 +105,9 @@ def dose(
             part.insert(0, "size", size)
             parts.append(part)
             advance()
-    frame = pd.concat(parts, ignore_index=True)
-    frame.attrs.update({
-        "model": model.name, "fingerprint": stats.fingerprint, "label": label, "rule": rule, "controls": controls,
-        "settings": dict(settings or {}), "tokens": data.n_tokens, "seed": seed, "chosen_on": stats.data,
-    })  # fmt: skip
-    return frame
+    found = response()
+    assert found is not None
+    return found
 
 
 def _neutral(

@@ -24,6 +24,7 @@ from interp.experts.losses import Losses, losses
 from interp.experts.select import select_or_none
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
+from interp.interrupted import salvaged
 from interp.progress import bar
 
 if TYPE_CHECKING:
@@ -77,8 +78,19 @@ def remove_each(
         raise ExpertError(f"held_out: no text for {absent[0]!r}; it has {', '.join(data.labels)}")
     if scored not in ("target", "all"):
         raise ExpertError(f"scored={scored!r}: expected target or all")
-    parts = []
-    with bar("removing labels", len(labels)) as advance:
+    parts: list[pd.DataFrame] = []
+
+    def table() -> pd.DataFrame | None:
+        if not parts:
+            return None
+        found = pd.concat(parts, ignore_index=True)
+        found.attrs = {
+            "model": model.name, "fingerprint": stats.fingerprint, "kind": stats.kind, "rule": rule,
+            "settings": settings, "controls": controls, "tokens": data.n_tokens, "seed": seed,
+        }  # fmt: skip
+        return found
+
+    with salvaged("remove_each", table), bar("removing labels", len(labels)) as advance:
         before = before or losses(model, data, batch_tokens=batch_tokens)
         for number, label in enumerate(labels):
             chosen = select_or_none(stats, label, rule, settings)
@@ -92,12 +104,9 @@ def remove_each(
             part.insert(0, "removed", label)
             parts.append(part)
             advance()
-    table = pd.concat(parts, ignore_index=True)
-    table.attrs = {
-        "model": model.name, "fingerprint": stats.fingerprint, "kind": stats.kind, "rule": rule, "settings": settings,
-        "controls": controls, "tokens": data.n_tokens, "seed": seed,
-    }  # fmt: skip
-    return table
+    found = table()
+    assert found is not None
+    return found
 
 
 def matrix(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:

@@ -29,6 +29,7 @@ from interp.experts.select import select_or_none
 from interp.experts.sets import ExpertSet
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
+from interp.interrupted import salvaged
 from interp.progress import bar
 
 if TYPE_CHECKING:
@@ -156,7 +157,19 @@ def suppress(
         advance()
         return [{"threshold": threshold, "units": size, "share": share, **row} for row in found]
 
-    with bar("suppressing", 1 + len(thresholds) * (1 + controls)) as advance:
+    def so_far() -> pd.DataFrame | None:
+        if not rows:
+            return None
+        columns = ["threshold", "units", "share", "baseline", "kind", "metric", "value", "low", "high"]
+        table = pd.DataFrame(rows, columns=columns)
+        table.attrs = {
+            "model": model.name, "fingerprint": stats.fingerprint, "label": label, "against": against,
+            "samples": samples, "new_tokens": new_tokens, "temperature": temperature, "top_p": top_p,
+            "controls": controls, "scored": scored, "seed": seed,
+        }  # fmt: skip
+        return table
+
+    with salvaged("suppress", so_far), bar("suppressing", 1 + len(thresholds) * (1 + controls)) as advance:
         say("the model as it is")
         rows += [{**row, "baseline": "none"} for row in run(float("nan"), None, samples, None, data)]
         for threshold in thresholds:
@@ -177,14 +190,9 @@ def suppress(
                     parts.append(pd.DataFrame(run(threshold, control, 1, control_prompts, part)).assign(control=number))
             if parts:
                 rows += _middle(pd.concat(parts, ignore_index=True))
-    columns = ["threshold", "units", "share", "baseline", "kind", "metric", "value", "low", "high"]
-    table = pd.DataFrame(rows, columns=columns)
-    table.attrs = {
-        "model": model.name, "fingerprint": stats.fingerprint, "label": label, "against": against, "samples": samples,
-        "new_tokens": new_tokens, "temperature": temperature, "top_p": top_p, "controls": controls, "scored": scored,
-        "seed": seed,
-    }  # fmt: skip
-    return table
+    found = so_far()
+    assert found is not None
+    return found
 
 
 def _continue(

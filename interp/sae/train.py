@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.interrupted import salvaged
 from interp.progress import bar
 from interp.sae import checkpoint as checkpoints
 from interp.sae.autoencoder import SAE
@@ -151,8 +152,13 @@ def train_many(
         trainers.append(Trainer(s, sites, targets, sample, device, part))
     if checkpoint is not None and checkpoints.begun(checkpoint, trainers[0].state.part):
         checkpoints.read(checkpoint, trainers, opened)
-    _loop(trainers, opened, batch_size, checkpoint, checkpoint_every, log_every, progress)
     about = _about(opened)
+
+    def made() -> list[SAE] | None:
+        return [t.finished(about) for t in trainers] if trainers[0].state.steps else None
+
+    with salvaged("sae.train", made):
+        _loop(trainers, opened, batch_size, checkpoint, checkpoint_every, log_every, progress)
     return [t.finished(about) for t in trainers]
 
 

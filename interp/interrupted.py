@@ -1,0 +1,46 @@
+"""What a call had done when it was interrupted.
+
+    experts.remove_each(m, stats, test)      # Ctrl-C, or a notebook's stop button, after six of nine labels
+    interp.unfinished()                      # the Table of those six
+
+An interruption goes on as it must: hooks come off the model, loops and scripts end. What had been finished by then is
+put by here, until the next interruption. Datasets need none of this: what is written stays, and `store.write` goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_kept: dict[str, Any] = {}
+
+
+@contextmanager
+def salvaged(what: str, make: Callable[[], Any]) -> Iterator[None]:
+    """Puts by what `make` gives if the block is interrupted; None means that nothing was finished.
+
+    Args:
+        what: the call whose result it is, as one types it.
+        make: the result as it is by then. Outer blocks come last, and theirs stays.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (value := make()) is not None:
+            if hasattr(value, "attrs"):
+                value.attrs["unfinished"] = True
+            _kept.update(what=what, value=value)
+            sys.stderr.write(f"{what} was interrupted; interp.unfinished() gives what it had done\n")
+        raise
+
+
+def unfinished() -> Any:
+    """What the call that was interrupted last had done: its Table so far (``.attrs["unfinished"]``), or its SAEs.
+
+    Raises LookupError where nothing was interrupted that had anything to keep.
+    """
+    if not _kept:
+        raise LookupError("unfinished: no call was interrupted that had finished a part of its work")
+    return _kept["value"]
