@@ -8,7 +8,9 @@
     python benchmarks/steering.py --papers                     entropy of a bandit's player, activation addition, ...
 
 Cost, generation: seconds per call with and without a vector in force, at batch 1 and 16, interleaved in shuffled
-order; the target is at most 1.03 x. "again" is the plain call a second time: what the machine's own noise amounts to.
+order: the median of the same-round ratios with its 95 % interval over rounds, by wall clock and by CPU time. The target
+is at most 1.03 x. "again" is the plain call a second time: what the machine's own noise amounts to.
+On a shared machine that noise is above the target, so `--only fixed` counts what a vector adds to a token by itself.
 
 Cost, sweep: `steering.sweep` beside the loop of repeng and steering-vectors, that is, for each layer and multiplier one
 forward pass over each whole prompt with answer under a forward hook. `--peer` names a folder with steering-vectors
@@ -28,14 +30,16 @@ from pathlib import Path
 sys.path.append(sys.path.pop(sys.path.index(str(Path(__file__).parent.resolve()))))
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from _clock import Ratio, interleave
+from _clock import interleave
 
 import interp
 import steering
@@ -54,7 +58,7 @@ def questions(n: int) -> list[tuple[str, str, str]]:
 
 
 def generation(m: Any, batch: int, tokens: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Generating `tokens` new tokens with a vector in force, over the same without."""
+    """Generating `tokens` new tokens with a vector in force, over the same without: by wall clock and by CPU time."""
     v = steering.SteeringVector.of(m, {f"resid_post[{m.n_layers // 2}]": 0.01 * torch.randn(m.d_model)})
     prompts = m.tokens([p for p, _, _ in questions(batch)])
 
@@ -66,11 +70,54 @@ def generation(m: Any, batch: int, tokens: int, rounds: int, seconds: float) -> 
             return m.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens)
 
     times = interleave({"plain": plain, "again": plain, "steered": steered}, rounds, seconds=seconds)
-    ratios = {name: Ratio.of(taken.wall, times["plain"].wall) for name, taken in times.items()}
+    row: dict[str, Any] = {"case": f"generate, batch {batch}, {tokens} tokens", "rounds": len(times["plain"].wall),
+                           "seconds": round(statistics.median(times["plain"].wall), 3)}  # fmt: skip
+    for name in ("steered", "again"):
+        row[name] = middle(times[name].wall, times["plain"].wall)
+        row[f"{name}, CPU time"] = middle(times[name].cpu, times["plain"].cpu)
+    return row
+
+
+def middle(numerator: list[float], denominator: list[float], draws: int = 2000) -> list[float]:
+    """Median of the same-round ratios and its 95 % interval, rounds drawn anew."""
+    ratios = np.array(numerator) / np.array(denominator)
+    drawn = np.median(np.random.default_rng(0).choice(ratios, (draws, len(ratios))), 1)
+    return [round(float(x), 6) for x in (np.median(ratios), *np.quantile(drawn, [0.025, 0.975]))]
+
+
+def fixed(m: Any, batches: list[int], tokens: int, seconds: float) -> dict[str, Any]:
+    """What a vector adds to a token, counted where a token costs next to nothing, over what one costs in `m`: CPU time.
+
+    The Python that a vector at one site adds is the same in every model. Each round is plain, steered, steered, plain,
+    so that a drift of the machine cancels.
+    """
+    small = interp.load("tiny:llama")
+    v = steering.SteeringVector.of(small, {f"resid_post[{small.n_layers // 2}]": 0.01 * torch.randn(small.d_model)})
+
+    def spent(model: Any, ids: torch.Tensor, n: int, steer: bool = False) -> float:
+        start = time.process_time()
+        with model.intervene(v) if steer else contextlib.nullcontext():
+            model.generate(ids, max_new_tokens=n, min_new_tokens=n)
+        return time.process_time() - start
+
+    ids, added, again, start = torch.arange(4, 8)[None], [], [], time.perf_counter()
+    for steer in (False, True):
+        spent(small, ids, tokens, steer)
+    while time.perf_counter() - start < seconds or len(added) < 5:
+        first, one, two, last = (spent(small, ids, tokens, steer) for steer in (False, True, True, False))
+        added.append((one + two - first - last) / (2 * tokens))
+        again.append((last - first) / tokens)
+    plain = {}
+    for batch in batches:
+        ids = torch.arange(100, 100 + 8 * batch).view(batch, 8)
+        spent(m, ids, 2)
+        plain[batch] = statistics.median((spent(m, ids, 12) - spent(m, ids, 4)) / 8 for _ in range(3))
     return {
-        "case": f"generate, batch {batch}, {tokens} tokens", "rounds": len(times["plain"].wall),
-        "seconds": statistics.median(times["plain"].wall),
-        **{name: [round(x, 3) for x in (r.median, r.low, r.high)] for name, r in ratios.items() if name != "plain"},
+        "case": f"added by one vector, {tokens} tokens a call", "rounds": len(added),
+        "milliseconds a token": [round(1000 * x, 3) for x in middle(added, [1.0] * len(added))],
+        "again": [round(1000 * x, 3) for x in middle(again, [1.0] * len(again))],
+        **{f"over a token of {m.name}, batch {b}": [round(x / t, 4) for x in middle(added, [1.0] * len(added))]
+           for b, t in plain.items()},
     }  # fmt: skip
 
 
@@ -164,10 +211,12 @@ def sweeping(m: Any, items: int, n_layers: int, chat: bool, peer: Path | None = 
 
 def cost(m: Any, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of the two cost tables."""
-    if given.only != "generate":
+    if given.only in (None, "sweep"):
         chat = bool(getattr(m.tokenizer, "chat_template", None))
         yield sweeping(m, given.items or 6, given.layers, chat, given.peer)
-    if given.only != "sweep":
+    if given.only in (None, "fixed"):
+        yield fixed(m, [int(b) for b in given.batches.split(",")], given.tokens, given.seconds / 4)
+    if given.only in (None, "generate"):
         for batch in map(int, given.batches.split(",")):
             yield generation(m, batch, given.tokens, given.rounds, given.seconds)
 
@@ -218,7 +267,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer", type=Path, help="a folder that has steering-vectors")
-    parser.add_argument("--only", choices=["generate", "sweep"])
+    parser.add_argument("--only", choices=["generate", "fixed", "sweep"])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     m = interp.load(given.model)
