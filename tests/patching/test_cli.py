@@ -135,8 +135,11 @@ def test_figures_escape_what_comes_from_outside() -> None:
     )
     drawn = plots.circuit(edges, "<u>")
     assert "<u>" not in drawn.to_json()
-    assert list(drawn.data[-1].text) == ["embed", "0.1", "mlp 0", "logits"]
-    assert len(drawn.data) == 4
+    units = [trace for trace in drawn.data if trace.mode == "markers+text"]
+    assert [list(trace.text) for trace in units] == [["embed", "0.1", "mlp 0", "logits"]]
+    named = [trace.name for trace in drawn.data if trace.name]  # the legend; every other line is an edge
+    assert named == ["raises the metric", "lowers it"]
+    assert sum(trace.mode == "lines" for trace in drawn.data) == len(edges) + len(named)
 
 
 def test_one_position_has_no_panel_beside_its_heads() -> None:
