@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_kept: dict[str, Any] = {}
+_kept: list[Any] = []  # one thing, or nothing
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def salvaged(what: str, make: Callable[[], Any]) -> Iterator[None]:
         if (value := make()) is not None:
             if hasattr(value, "attrs"):
                 value.attrs["unfinished"] = True
-            _kept.update(what=what, value=value)
+            _kept[:] = [value]
             sys.stderr.write(f"{what} was interrupted; interp.unfinished() gives what it had done\n")
         raise
 
@@ -43,4 +43,4 @@ def unfinished() -> Any:
     """
     if not _kept:
         raise LookupError("unfinished: no call was interrupted that had finished a part of its work")
-    return _kept["value"]
+    return _kept[0]

@@ -15,7 +15,7 @@ from tests.experts.conftest import TEXTS, build
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupted, "_kept", {})
+    monkeypatch.setattr(interrupted, "_kept", [])
 
 
 def stop_at(number: int) -> Any:

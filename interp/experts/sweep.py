@@ -118,13 +118,14 @@ class Plain:
         with forms(model.anatomy.layers) as shapes:
             acts = model.capture(batch.tokens, [*sites, *(f"{inside}[{i}]" for i in layers)], logits=True, check=False)
         streams = {int(s[11:-1]): acts[s] for s in sites}
-        before = per_row(acts.logits, batch, metric)
         last, nats = False, None
-        if isinstance(metric, str):
+        if metric == "loss":
             predicted = _predicted(batch.tokens)
-            nats = torch.zeros(predicted.shape, device=before.device)
-            nats[predicted] = cross_entropy(acts.logits[predicted], _targets(batch.tokens)[predicted])
+            nats = torch.zeros(predicted.shape, device=predicted.device)
+            nats[predicted] = _cross_entropy(acts.logits[predicted], _targets(batch.tokens)[predicted])
+            before = nats.sum(1)
         else:
+            before = per_row(acts.logits, batch, metric)
             rows = torch.arange(len(before), device=before.device)
             short = acts.logits[rows, batch.tokens.last][:, None]
             try:
@@ -158,7 +159,7 @@ class Plain:
             after = per_row(logits, _ends(batch) if self.last else batch, self.metric)
             return (after - self.before[rows]).double()
         assert self.nats is not None
-        rise = cross_entropy(logits.flatten(0, -2), _targets(tokens)[places]) - self.nats[rows][places]
+        rise = _cross_entropy(logits.flatten(0, -2), _targets(tokens)[places]) - self.nats[rows][places]
         return rise.new_zeros(len(rows), dtype=torch.float64).index_add_(0, places.nonzero()[:, 0], rise.double())
 
 
@@ -265,12 +266,12 @@ def _behind_last(plain: Plain, layer: int, size: int, batch_tokens: int) -> Tens
         some = Tokens(tokens.ids[:1].expand(len(grid), -1), torch.ones_like(tokens.mask[:1]).expand(len(grid), -1))
         with resumed(plain.model.anatomy.layers, layer + 1, grid, plain.shapes):
             logits = plain.model._forward(some).logits.flatten(0, 1)[: len(part)]
-        rise = (cross_entropy(logits, target[part]) - plain.nats[r, p]).double().cpu()
+        rise = (_cross_entropy(logits, target[part]) - plain.nats[r, p]).double().cpu()
         change.index_put_((r.cpu(), expert[part].cpu()), rise, accumulate=True)
     return change
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Nats of each token [token], from logits [token, vocab]."""
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 

@@ -155,7 +155,9 @@ def train_many(
     about = _about(opened)
 
     def made() -> list[SAE] | None:
-        return [t.finished(about) for t in trainers] if trainers[0].state.steps else None
+        if not trainers[0].state.steps or trainers[0].state.part.world > 1:  # joining needs the others, who go on
+            return None
+        return [t.finished(about) for t in trainers]
 
     with salvaged("sae.train", made):
         _loop(trainers, opened, batch_size, checkpoint, checkpoint_every, log_every, progress)
