@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _kept: list[Any] = []  # one thing, or nothing
+_DONE, _TOLD = "_interp_done", "_interp_told"  # what an interruption carries from an inner call to the one around it
 
 
 @contextmanager
@@ -27,13 +28,42 @@ def salvaged(what: str, make: Callable[[], Any]) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if (value := make()) is not None:
-            if hasattr(value, "attrs"):
-                value.attrs["unfinished"] = True
-            _kept[:] = [value]
-            sys.stderr.write(f"{what} was interrupted; interp.unfinished() gives what it had done\n")
+            _keep(what, value, stop)
         raise
+
+
+@contextmanager
+def carried(make: Callable[[], Any]) -> Iterator[None]:
+    """Gives what `make` gives to the interruption, for the call around it (`handed_on`) to make a result of."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        setattr(stop, _DONE, make())
+        raise
+
+
+@contextmanager
+def handed_on(what: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Puts by what `make` makes of what a call inside had done: numbers become a Table."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        done = getattr(stop, _DONE, None)
+        if done is not None and (value := make(done)) is not None:
+            _keep(what, value, stop)
+        raise
+
+
+def _keep(what: str, value: Any, stop: KeyboardInterrupt) -> None:
+    if hasattr(value, "attrs"):
+        value.attrs["unfinished"] = True
+    if not getattr(stop, _TOLD, False):  # once, not by every call around
+        sys.stderr.write(f"{what} was interrupted; interp.unfinished() gives what it had done\n")
+    setattr(stop, _DONE, value)
+    setattr(stop, _TOLD, True)
+    _kept[:] = [value]
 
 
 def unfinished() -> Any:

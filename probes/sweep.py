@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.interrupted import salvaged
 from interp.progress import bar
 from probes.errors import ProbeError
 from probes.reading import Features, features
@@ -66,7 +67,8 @@ def by_site(m: Any, texts: Sequence[str] | Any, labels: Sequence[object], sites:
 
     Returns:
         Table: node, site, layer, head, baseline ("none" or a control), metric, value, low, high, selectivity,
-        validation, C. Settings in `.attrs`, with the best node by *validation* and its test score.
+        validation, C. Settings in `.attrs`, with the best node by *validation* and its test score. Interrupted, it
+        leaves the rows of the probes that were fitted (`interp.unfinished`).
     """
     return survey(m, texts, labels, sites, **how).table
 
@@ -112,17 +114,19 @@ def survey(
     study = _Study(y, chosen, None if groups is None else np.asarray(groups), probe, metric, mdl, seed)
     reading: dict[str, Any] = {"at": at, "batch_size": batch_size, "max_length": max_length}
     read = features(m, texts, sites, **reading)
-    rows, probes = study.rows(read, "none")
-    if "shuffled" in asked:
-        permuted = np.random.default_rng(seed).permutation(y)
-        rows += study.with_labels(permuted).rows(read, "shuffled")[0]
-    if "random model" in asked:
-        rows += study.rows(features(_randomised(m, seed), texts, sites, **reading), "random model")[0]
-    if "bag of tokens" in asked:
-        rows.append(study.row("bag of tokens", bag_of_tokens(m, texts, max_length), "bag of tokens")[0])
     about = {"model": m.name, "fingerprint": m.fingerprint, "at": at, "metric": metric, "seed": seed,
              "examples": len(y), "classes": [str(c) for c in np.unique(y)], "train": len(chosen.train),
              "validation": len(chosen.validation), "test": len(chosen.test), "grouped": groups is not None}  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with salvaged("probes.survey", lambda: _table(rows, about) if rows else None):
+        probes = study.rows(read, "none", rows)
+        if "shuffled" in asked:
+            permuted = np.random.default_rng(seed).permutation(y)
+            study.with_labels(permuted).rows(read, "shuffled", rows)
+        if "random model" in asked:
+            study.rows(features(_randomised(m, seed), texts, sites, **reading), "random model", rows)
+        if "bag of tokens" in asked:
+            rows.append(study.row("bag of tokens", bag_of_tokens(m, texts, max_length), "bag of tokens")[0])
     return Survey(_table(rows, about), probes, read, chosen)
 
 
@@ -143,15 +147,17 @@ class _Study:
         other.labels = labels
         return other
 
-    def rows(self, read: Features, baseline: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        found = {}
+    def rows(self, read: Features, baseline: str, into: list[dict[str, Any]]) -> dict[str, Any]:
+        """A row per node goes `into` the list as it is found; gives node -> the probe fitted there."""
+        probes = {}
         with bar(
             "fitting probes" if baseline == "none" else f"fitting probes, {baseline}", len(read.values)
         ) as advance:
             for node, value in read.values.items():
-                found[node] = self.row(node, value, baseline)
+                row, probes[node] = self.row(node, value, baseline)
+                into.append(row)
                 advance(1)
-        return [row for row, _ in found.values()], {node: fitted for node, (_, fitted) in found.items()}
+        return probes
 
     def row(self, node: str, X: np.ndarray, baseline: str) -> tuple[dict[str, Any], Any]:
         fitted, C, validation = self.fit(X)

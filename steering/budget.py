@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
+from interp.interrupted import salvaged
 from steering import pairs as _pairs
 from steering.baselines import random_like
 from steering.continuation import log_likelihoods
@@ -141,33 +142,48 @@ def compare(
 
     Returns columns label (the behaviour), method, multiplier, kl, value, low, high, n: `value` is the change of
     propensity (nats per token) from the unsteered model, its interval bootstrapped over items. Rows are sorted by
-    value within a behaviour. For "random" value and interval are over controls.
+    value within a behaviour. For "random" value and interval are over controls. Interrupted, it
+    leaves the behaviours that were done (`interp.unfinished`).
     """
     import pandas as pd
 
     if missing := [label for label in methods if label not in pairs]:
         raise SteeringError(f"pairs: there are none for {missing[0]!r}")
-    rows: list[dict[str, Any]] = []
-    for label, vectors in methods.items():
-        maps: dict[Any, SteeringMap] = {("own", name): v for name, v in vectors.items()}
-        drawn = random_like(next(iter(vectors.values())), controls, seed) if controls else []
-        maps |= {("random", i): v for i, v in enumerate(drawn)}
-        reached = budgets(m, maps, texts, kl, **how)
-        runs: dict[Any, Any] = {0.0: []} | {key: (v * reached[key][0]).as_edits(m) for key, v in maps.items()}
-        sides = _pairs.sides(m, pairs[label], chat=chat)
-        scores = log_likelihoods(m, [p for both in zip(*sides, strict=True) for p in both], runs)
-        value = {key: (each := scores.per_token(key).numpy())[0::2] - each[1::2] for key in runs}
-        for (kind, name), (k, found) in reached.items():
-            if kind == "own":
-                shift = value[kind, name] - value[0.0]
-                rows.append(_row(label, name, k, found, float(shift.mean()), bootstrap(shift, seed=seed), len(shift)))
-        if controls:
-            shifts = [float((value["random", i] - value[0.0]).mean()) for i in range(controls)]
-            k, found = (sum(reached["random", i][j] for i in range(controls)) / controls for j in (0, 1))
-            rows.append(_row(label, "random", k, found, sum(shifts) / controls, spread(shifts), controls))
-    table = pd.DataFrame(rows).sort_values(["label", "value"], ascending=[True, False], ignore_index=True)
-    table.attrs.update({"model": m.name, "kl": kl, "unit": "nats per token", "chat": chat, "seed": seed})
-    return table
+    done: list[dict[str, Any]] = []
+
+    def made() -> pd.DataFrame | None:
+        if not done:
+            return None
+        table = pd.DataFrame(done).sort_values(["label", "value"], ascending=[True, False], ignore_index=True)
+        table.attrs.update({"model": m.name, "fingerprint": m.fingerprint, "kl": kl, "unit": "nats per token",
+                            "controls": controls, "chat": chat, "seed": seed})  # fmt: skip
+        return table
+
+    with salvaged("steering.compare", made):
+        for label, vectors in methods.items():
+            rows: list[dict[str, Any]] = []
+            maps: dict[Any, SteeringMap] = {("own", name): v for name, v in vectors.items()}
+            drawn = random_like(next(iter(vectors.values())), controls, seed) if controls else []
+            maps |= {("random", i): v for i, v in enumerate(drawn)}
+            reached = budgets(m, maps, texts, kl, **how)
+            runs: dict[Any, Any] = {0.0: []} | {key: (v * reached[key][0]).as_edits(m) for key, v in maps.items()}
+            sides = _pairs.sides(m, pairs[label], chat=chat)
+            scores = log_likelihoods(m, [p for both in zip(*sides, strict=True) for p in both], runs)
+            value = {key: (each := scores.per_token(key).numpy())[0::2] - each[1::2] for key in runs}
+            for (kind, name), (k, found) in reached.items():
+                if kind == "own":
+                    shift = value[kind, name] - value[0.0]
+                    rows.append(
+                        _row(label, name, k, found, float(shift.mean()), bootstrap(shift, seed=seed), len(shift))
+                    )
+            if controls:
+                shifts = [float((value["random", i] - value[0.0]).mean()) for i in range(controls)]
+                k, found = (sum(reached["random", i][j] for i in range(controls)) / controls for j in (0, 1))
+                rows.append(_row(label, "random", k, found, sum(shifts) / controls, spread(shifts), controls))
+            done += rows
+    found = made()
+    assert found is not None
+    return found
 
 
 def _row(

@@ -28,6 +28,7 @@ from torch import Tensor
 from interp.activations import Tokens
 from interp.edits import Edit
 from interp.hooks.resume import copied, forms, outputs, resumed
+from interp.interrupted import carried
 from interp.model import Use
 from interp.progress import bar
 from interp.scope import Columns
@@ -46,15 +47,27 @@ class Scores:
         nats: run -> log-probability of each row's answer [row], float64.
         tokens: number of answer tokens [row].
         literal: "" where the shared way was taken, else why not.
+        done: True where a row had all runs [row]; None for everywhere, as it is unless the call was interrupted.
     """
 
     nats: dict[Any, Tensor]
     tokens: Tensor
     literal: str = ""
+    done: Tensor | None = None
 
     def per_token(self, run: Hashable) -> Tensor:
         """Mean log-probability of each row's answer tokens [row], nats."""
         return self.nats[run] / self.tokens
+
+    def items(self) -> list[int]:
+        """The items, each two rows (positive, negative), that had all runs."""
+        done = torch.ones(len(self.tokens), dtype=torch.bool) if self.done is None else self.done
+        return (done[0::2] & done[1::2]).nonzero()[:, 0].tolist()
+
+    def differences(self, run: Hashable) -> Tensor:
+        """Per-token log-probability of the positive answer less that of the negative one [item], nats."""
+        each = self.per_token(run)
+        return (each[0::2] - each[1::2])[self.items()]
 
 
 @dataclass
@@ -148,11 +161,17 @@ def log_likelihoods(
     """Log-probability of each passage's answer under each run; arguments as for `continued`."""
     nats = {key: torch.zeros(len(passages), dtype=torch.float64) for key in runs}
     stream = continued(m, passages, runs, batch_tokens=batch_tokens, share=share)
-    with bar("scoring", len(passages) * len(runs)) as advance:
+    tokens, seen = torch.tensor([len(p.ids) - p.answer for p in passages]), torch.zeros(len(passages))
+
+    def so_far() -> Scores:
+        return Scores(nats, tokens, stream.literal, seen == len(runs))
+
+    with carried(so_far), bar("scoring", len(passages) * len(runs)) as advance:
         for part in stream:
             nats[part.run][part.rows] = part.nats.double().sum(1).cpu()
+            seen[part.rows] += 1
             advance(len(part.rows))
-    return Scores(nats, torch.tensor([len(p.ids) - p.answer for p in passages]), stream.literal)
+    return Scores(nats, tokens, stream.literal)
 
 
 def divergences(

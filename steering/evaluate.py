@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from interp.interrupted import handed_on
 from steering.intervals import bootstrap, spread
 from steering.propensity import MULTIPLIERS, propensities, slopes
 from steering.vector import SteeringMap
@@ -38,8 +39,12 @@ def evaluate(
     vector) and "prompt" the interval is a bootstrap over items (n of them); for controls the value is the mean over
     draws (n), and the interval holds the middle 95 % of them. `.attrs` has the settings, the mean slope over items
     and `flipped`, the share of items that are steered the wrong way.
+
+    Interrupted, it leaves the same of the items that were done (`interp.unfinished`).
     """
-    return summarise(propensities(m, v, pairs, multipliers, seed=seed, **how), seed=seed)
+    with handed_on("steering.evaluate", lambda table: summarise(table, seed=seed)):
+        table = propensities(m, v, pairs, multipliers, seed=seed, **how)
+    return summarise(table, seed=seed)
 
 
 def summarise(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:

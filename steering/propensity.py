@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from interp.edits import Edit
+from interp.interrupted import handed_on, salvaged
 from steering import pairs as _pairs
 from steering.baselines import as_list, instructed, random_like
-from steering.continuation import log_likelihoods
+from steering.continuation import Scores, log_likelihoods
 from steering.errors import SteeringError
 from steering.vector import SteeringMap, SteeringVector
 
@@ -60,6 +61,7 @@ def propensities(
 
     Returns columns item, multiplier, baseline ("none" is `v` itself), draw, positive, negative (mean log-probability
     of an answer's tokens, nats), value (their difference). Raises SteeringError for malformed pairs or multipliers.
+    Interrupted, it leaves the lines of the items that were done (`interp.unfinished`).
     """
     import pandas as pd
 
@@ -82,33 +84,46 @@ def propensities(
                     runs[name, draw, k] = (one * k).as_edits(m)
     how: dict[str, Any] = {"batch_tokens": batch_tokens, "share": share}
     sides = _pairs.sides(m, triples, chat=chat, system=system)
-    scores = log_likelihoods(m, [p for both in zip(*sides, strict=True) for p in both], runs, **how)
     rows: list[pd.DataFrame] = []
 
-    def put(name: str, draw: int, k: float, per_token: Any) -> None:
-        a, b = per_token[0::2].numpy(), per_token[1::2].numpy()
+    def put(name: str, draw: int, k: float, scores: Scores, run: Any) -> None:
+        items, per_token = scores.items(), scores.per_token(run)
+        a, b = per_token[0::2][items].numpy(), per_token[1::2][items].numpy()
         rows.append(pd.DataFrame({
-            "item": range(len(a)), "multiplier": k, "baseline": name, "draw": draw,
+            "item": items, "multiplier": k, "baseline": name, "draw": draw,
             "positive": a, "negative": b, "value": a - b,
         }))  # fmt: skip
 
-    for name, found in maps.items():
-        for draw in range(len(found)):
-            for k in ks:
-                key: Any = (name, draw, k) if k else 0.0
-                put(name, draw, k, scores.per_token(key if key in runs else (name, draw, -k)))
-    if prompt is not None:
-        for k in sorted({(k > 0) - (k < 0) for k in ks}):  # the sign is all that an instruction follows
-            sides = _pairs.sides(m, instructed(triples, *prompt, multiplier=k), chat=chat, system=system)
+    def put_all(scores: Scores) -> None:
+        for name, found in maps.items():
+            for draw in range(len(found)):
+                for k in ks:
+                    key: Any = (name, draw, k) if k else 0.0
+                    put(name, draw, k, scores, key if key in runs else (name, draw, -k))
+
+    def made(scores: Scores) -> pd.DataFrame | None:
+        if not rows:  # interrupted before they could be written down
+            put_all(scores)
+        table = pd.concat(rows, ignore_index=True)
+        table.attrs.update({
+            "metric": "propensity", "unit": "nats per token", "model": m.name, "fingerprint": m.fingerprint,
+            "method": v.method, "record": v.record, "sites": v.sites, "scope": v.scope.text, "controls": controls,
+            "seed": seed, "items": table["item"].nunique(), "chat": chat, "literal": scores.literal,
+        })  # fmt: skip
+        return table if len(table) else None
+
+    with handed_on("steering.propensities", made):
+        scores = log_likelihoods(m, [p for both in zip(*sides, strict=True) for p in both], runs, **how)
+    put_all(scores)
+    with salvaged("steering.propensities", lambda: made(scores)):
+        signs = sorted({(k > 0) - (k < 0) for k in ks})  # the sign is all that an instruction follows
+        for asked, k in [(prompt, k) for k in signs] if prompt is not None else ():
+            sides = _pairs.sides(m, instructed(triples, *asked, multiplier=k), chat=chat, system=system)
             told = log_likelihoods(m, [p for both in zip(*sides, strict=True) for p in both], {0.0: []}, **how)
             for each in (x for x in ks if (x > 0) - (x < 0) == k):
-                put("prompt", 0, each, told.per_token(0.0))
-    table = pd.concat(rows, ignore_index=True)
-    table.attrs.update({
-        "metric": "propensity", "unit": "nats per token", "model": m.name, "fingerprint": m.fingerprint,
-        "method": v.method, "record": v.record, "sites": v.sites, "scope": v.scope.text, "controls": controls,
-        "seed": seed, "items": len(triples), "chat": chat, "literal": scores.literal,
-    })  # fmt: skip
+                put("prompt", 0, each, told, 0.0)
+    table = made(scores)
+    assert table is not None
     return table
 
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from interp.edits import Edit
+from interp.interrupted import handed_on
 from steering import pairs as _pairs
-from steering.continuation import log_likelihoods
+from steering.continuation import Scores, log_likelihoods
 from steering.errors import SteeringError
 from steering.intervals import bootstrap
 from steering.propensity import check_multipliers
@@ -51,7 +52,8 @@ def sweep(
         batch_tokens: answer tokens run at once.
         share: False runs everything through the whole model; same numbers, more time.
 
-    Returns columns layer, multiplier, metric, value, low, high, n. `value` as in `evaluate`.
+    Returns columns layer, multiplier, metric, value, low, high, n. `value` as in `evaluate`. Interrupted, it leaves the
+    same of the items that were done, `n` of them (`interp.unfinished`).
     """
     import pandas as pd
 
@@ -64,16 +66,25 @@ def sweep(
         runs |= {(layer, k): (v.only(layer) * k).as_edits(m) for k in ks if k}
     sides = _pairs.sides(m, triples, chat=chat, system=system)
     passages = [p for both in zip(*sides, strict=True) for p in both]
-    scores = log_likelihoods(m, passages, runs, batch_tokens=batch_tokens, share=share)
-    rows = []
-    for layer in chosen:
-        for k in ks:
-            each = scores.per_token((layer, k) if k else 0.0)
-            value = (each[0::2] - each[1::2]).numpy()
-            low, high = bootstrap(value, seed=seed)
-            rows.append({"layer": layer, "multiplier": k, "metric": "propensity", "value": float(value.mean()),
-                         "low": low, "high": high, "n": len(value)})  # fmt: skip
-    table = pd.DataFrame(rows)
-    table.attrs.update({"model": m.name, "method": v.method, "record": v.record, "scope": v.scope.text, "chat": chat,
-                        "unit": "nats per token", "literal": scores.literal})  # fmt: skip
-    return table
+
+    def made(scores: Scores) -> pd.DataFrame | None:
+        if not scores.items():
+            return None
+        rows = []
+        for layer in chosen:
+            for k in ks:
+                value = scores.differences((layer, k) if k else 0.0).numpy()
+                low, high = bootstrap(value, seed=seed)
+                rows.append({"layer": layer, "multiplier": k, "metric": "propensity", "value": float(value.mean()),
+                             "low": low, "high": high, "n": len(value)})  # fmt: skip
+        table = pd.DataFrame(rows)
+        table.attrs.update({"model": m.name, "fingerprint": m.fingerprint, "method": v.method, "record": v.record,
+                            "scope": v.scope.text, "chat": chat, "seed": seed, "unit": "nats per token",
+                            "literal": scores.literal})  # fmt: skip
+        return table
+
+    with handed_on("steering.sweep", made):
+        scores = log_likelihoods(m, passages, runs, batch_tokens=batch_tokens, share=share)
+    found = made(scores)
+    assert found is not None
+    return found

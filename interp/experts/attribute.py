@@ -32,6 +32,7 @@ from interp.experts.batches import Batch, Corpus, Labelled, corpus
 from interp.experts.collect import digest
 from interp.experts.removal import Formula, formula, renormalised, zeroed
 from interp.experts.units import ExpertError, Units, identity, units_of
+from interp.interrupted import salvaged
 from interp.metrics import Metric
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def attribute(
         batch_tokens: tokens run at once; the backward pass keeps all of their activations.
 
     Returns a Table with columns layer, expert, label, value (what the metric would rise by), content, routing.
+    Interrupted, it leaves the same over the windows of text that were done, the longest first (`interp.unfinished`).
 
     Raises ExpertError for Monet, an unknown mode, and for mode "reroute" where the router's formula is not known.
     """
@@ -73,17 +75,30 @@ def attribute(
     shape = (len(data.labels), max(units.layers.values()) + 1, units.size)
     content, routing = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     formulas: dict[int, Formula] = {}
-    counts = torch.zeros(len(data.labels), dtype=torch.float64)
-    for batch in data.batches(model, batch_tokens):
-        counts.index_add_(0, batch.label, amounts(batch, metric))
-        if units.kind == "neurons":
-            _neurons(model, units, batch, metric, content)
-        else:
-            _routed(model, units, batch, metric, mode, formulas, content, routing)
-    parts = {"content": content, "routing": routing}
-    columns = {"value": content + routing, **parts}
-    return effects(model, units, data, {k: v / counts[:, None, None] for k, v in columns.items()}, metric, mode,
-                   "attribution")  # fmt: skip
+    counts, done = torch.zeros(len(data.labels), dtype=torch.float64), 0
+
+    def made() -> pd.DataFrame | None:
+        if not done:
+            return None
+        columns = {"value": content + routing, "content": content, "routing": routing}
+        each, seen = {name: column / counts[:, None, None] for name, column in columns.items()}, data.first(done)
+        table = effects(model, units, seen, each, metric, mode, "attribution")
+        return table[table["label"].isin(seen.present)].reset_index(drop=True)
+
+    with salvaged("experts.attribute", made):
+        for batch in data.batches(model, batch_tokens):
+            own = torch.zeros_like(content), torch.zeros_like(routing)  # a batch counts whole or not at all
+            if units.kind == "neurons":
+                _neurons(model, units, batch, metric, own[0])
+            else:
+                _routed(model, units, batch, metric, mode, formulas, *own)
+            content += own[0]
+            routing += own[1]
+            counts.index_add_(0, batch.label, amounts(batch, metric))
+            done += len(batch.label)
+    found = made()
+    assert found is not None
+    return found
 
 
 def checked(model: Any, kind: str, mode: str) -> Units:

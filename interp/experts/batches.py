@@ -71,12 +71,20 @@ class Corpus:
         wanted = {self.labels.index(label) for label in labels}
         return Corpus(self.labels, [w for w in self.windows if w.label in wanted], self.documents)
 
+    def order(self) -> list[Window]:
+        """The windows as batches take them: longest first."""
+        return sorted(self.windows, key=lambda w: -len(w.ids))
+
+    def first(self, windows: int) -> Corpus:
+        """The windows that batches take first; all of them in their own order where that is all."""
+        return self if windows >= len(self.windows) else Corpus(self.labels, self.order()[:windows], self.documents)
+
     def batches(self, model: Any, batch_tokens: int = 4096, what: str = "running texts") -> Iterator[Batch]:
         """All windows, longest first, in batches of about `batch_tokens` tokens with padding; under a bar that says
         `what`. On a processor batches are of at most `ON_PROCESSOR` tokens."""
         if model.device.type == "cpu":
             batch_tokens = min(batch_tokens, ON_PROCESSOR)
-        order = sorted(self.windows, key=lambda w: -len(w.ids))
+        order = self.order()
         start = 0
         with bar(what, len(order)) as advance:
             while start < len(order):

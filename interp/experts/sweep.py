@@ -31,6 +31,7 @@ from interp.experts.attribute import amounts, checked, effects, per_row
 from interp.experts.batches import Batch, Corpus, Labelled, corpus
 from interp.experts.units import ExpertError
 from interp.hooks.resume import forms, narrowed, resumed
+from interp.interrupted import salvaged
 from interp.metrics import Metric
 from interp.progress import bar
 
@@ -60,8 +61,9 @@ def sweep(
         max_tokens: per label.
         batch_tokens: tokens run at once.
 
-    Returns a Table with columns layer, expert, label, value (after - before). Raises ExpertError for a model without
-    routed experts, or whose layers do not hand on one residual stream.
+    Returns a Table with columns layer, expert, label, value (after - before). Interrupted, it leaves the same over the
+    windows of text that were done, the longest first (`interp.unfinished`; ``.attrs["tokens"]`` counts them). Raises
+    ExpertError for a model without routed experts, or whose layers do not hand on one residual stream.
     """
     units = checked(model, "routed", mode)
     wanted = sorted(units.layers if layers is None else layers)
@@ -71,17 +73,28 @@ def sweep(
     sums = torch.zeros(len(data.labels), len(units.layers), units.size, dtype=torch.float64)
     counts = torch.zeros(len(data.labels), dtype=torch.float64)
     adds: dict[int, bool] = {}
-    with bar("sweeping", len(data.windows) * len(wanted)) as advance:
+    done = 0
+
+    def made() -> pd.DataFrame | None:
+        if not done:
+            return None
+        seen = data.first(done)
+        table = effects(model, units, seen, {"value": sums / counts[:, None, None]}, metric, mode, "exact")
+        return table[table["layer"].isin(wanted) & table["label"].isin(seen.present)].reset_index(drop=True)
+
+    with salvaged("experts.sweep", made), bar("sweeping", len(data.windows) * len(wanted)) as advance:
         for batch in data.batches(model, batch_tokens):
-            counts.index_add_(0, batch.label, amounts(batch, metric))
-            plain = Plain.run(model, batch, metric, mode, wanted)
+            plain, own = Plain.run(model, batch, metric, mode, wanted), torch.zeros_like(sums)
             for layer in wanted:
                 change = _layer(plain, layer, units.size, batch_tokens, adds)  # [row, expert]
-                sums[:, units.layers[layer]].index_add_(0, batch.label, change)
+                own[:, units.layers[layer]].index_add_(0, batch.label, change)
                 advance(len(batch.label))
-    values = sums / counts[:, None, None]
-    table = effects(model, units, data, {"value": values}, metric, mode, "exact")
-    return table[table["layer"].isin(wanted)].reset_index(drop=True)
+            sums += own
+            counts.index_add_(0, batch.label, amounts(batch, metric))
+            done += len(batch.label)
+    found = made()
+    assert found is not None
+    return found
 
 
 @dataclass(eq=False)

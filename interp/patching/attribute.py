@@ -38,6 +38,7 @@ from torch import Tensor
 
 from interp.activations import Activations
 from interp.hooks import resume
+from interp.interrupted import carried, handed_on
 from interp.patching import graddrop
 from interp.patching.gather import grouped
 from interp.patching.linear import Levels, Linear
@@ -92,7 +93,8 @@ def attribute(
         ``.attrs["unexplained"]`` is the share of the runs' difference (in the metric's tangent) that the estimates of
         the embeddings do not add up to: 0 where every step is a secant, more where steps go by their tangents.
 
-    Raises PatchError where the metric has no gradient; otherwise as `patch`.
+    Raises PatchError where the metric has no gradient; otherwise as `patch`. Interrupted, it leaves the estimates from
+    the pairs that were done; ``.attrs["pairs"]`` counts them.
     """
     if method not in METHODS:
         raise PatchError(f"method={method!r}: expected one of {', '.join(METHODS)}")
@@ -104,19 +106,26 @@ def attribute(
         with torch.no_grad():
             recorded = Recorded(m, task, default_budget(m.device) if budget is None else budget)
         work = Attribution(recorded, wanted, method, steps, passes)
-        value, score = work.run()
-    _missing(value, wanted, task)
-    rows = table(m, task, recorded.baseline, recorded.target, wanted, value, method)
-    rows["score"] = score.where(value.isfinite(), torch.nan).nanmean(1).double().numpy()
-    pairs = task.pairs
-    rows.attrs |= {
-        "cost": {"forward": passes.forward / pairs, "backward": passes.backward / pairs},
-        "plain": work.notes,
-        **({"steps": steps} if method == "ig" else {}),
-        **({"unexplained": work.left / max(work.gap, 1e-30)} if work.secant else {}),
-        **({"attention": f"switched meanwhile: {switched}"} if switched else {}),
-    }
-    return rows
+
+        def made(done: tuple[Tensor, Tensor]) -> pd.DataFrame:
+            """The Table of the first pairs, as many as estimates [node, pair] and scores hold: in the end all."""
+            value, score = done
+            pairs = value.shape[1]
+            _missing(value, wanted, task)
+            rows = table(m, task, recorded.baseline[:pairs], recorded.target[:pairs], wanted, value, method)
+            rows["score"] = score.where(value.isfinite(), torch.nan).nanmean(1).double().numpy()
+            rows.attrs |= {
+                "cost": {"forward": passes.forward / pairs, "backward": passes.backward / pairs},
+                "plain": work.notes,
+                **({"steps": steps} if method == "ig" else {}),
+                **({"unexplained": work.left / max(work.gap, 1e-30)} if work.secant else {}),
+                **({"attention": f"switched meanwhile: {switched}"} if switched else {}),
+            }
+            return rows
+
+        with handed_on("patching.attribute", made):
+            done = work.run()
+    return made(done)
 
 
 class Attribution:
@@ -159,10 +168,10 @@ class Attribution:
             parts.append(self._some(pairs[:1]))
         room = max(1, (self.recorded.budget - self.recorded.nbytes) // max(1, meter.peak))
         step = max(1, min(room, AT_ONCE[kind(self.m)] // self.task.width))
-        if len(pairs) > 1:
-            parts += [self._some(some) for some in pairs[1:].split(step)]
-        value, score = (torch.cat([part[i] for part in parts], 1).cpu() for i in (0, 1))
-        return value, score
+        with carried(lambda: _joined(parts)):
+            for some in pairs[1:].split(step) if len(pairs) > 1 else ():
+                parts.append(self._some(some))
+        return _joined(parts)
 
     def _some(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         if self.method == "ig":
@@ -227,8 +236,13 @@ class Attribution:
         return acts
 
 
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Estimates and scores of groups of pairs, side by side [node, pair]."""
+    return torch.cat([value for value, _ in parts], 1).cpu(), torch.cat([score for _, score in parts], 1).cpu()
+
+
 def _missing(value: Tensor, nodes: Sequence[Node], task: Task) -> None:
     """A pair too short for a node's position has no effect there, not an effect of 0."""
-    lengths = task.lengths().cpu()
+    lengths = task.lengths().cpu()[: value.shape[1]]
     reach = torch.tensor([-1 if n.position is None else n.position for n in nodes])
     value[reach[:, None] >= lengths[None]] = torch.nan

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.interrupted import handed_on, salvaged
 from interp.patching.nodes import Node
 from interp.patching.welch import Design, Estimate, draw_subsets, from_complements, from_subsets
 
@@ -138,6 +139,8 @@ def certify(
         seed: of the subsets.
         memory: bytes that patching may use at its peak; see `patching.effects`.
 
+    Interrupted, it leaves a Table of the nodes that were verified (`interp.unfinished`), and no certificate.
+
     Raises:
         ValueError: a table without nodes or scores, a threshold that is not positive, a budget too small for one look.
     """
@@ -149,14 +152,31 @@ def certify(
     nodes = nodes_of(m, table)
     patcher = Patcher(m, clean, corrupt, metric, direction, memory)  # type: ignore[arg-type]
 
-    def run(sets: list[list[int]]) -> Tensor:
-        return patcher.effects([[nodes[i] for i in s] for s in sets])
+    verified: dict[int, float] = {}
 
-    result = certify_effects(
-        run, table["score"].tolist(), threshold=threshold, confidence=confidence, budget=budget,
-        share=share, design=design, seed=seed,
-    )  # fmt: skip
+    def note(sets: list[list[int]], values: Tensor) -> None:
+        verified.update({s[0]: v for s, v in zip(sets, values.mean(1).tolist(), strict=True) if len(s) == 1 and v == v})
+
+    def run(sets: list[list[int]]) -> Tensor:
+        with handed_on("patching.certify", lambda values: note(sets, values)):
+            values = patcher.effects([[nodes[i] for i in s] for s in sets])
+        note(sets, values)
+        return values
+
     places = [c for c in ("node", "site", "layer", "head", "neuron", "expert", "position") if c in table.columns]
+
+    def so_far() -> pd.DataFrame | None:
+        """No certificate, which takes the whole budget: the nodes that were verified."""
+        at = sorted(verified)
+        found = table[places].iloc[at].assign(estimate=table["score"].iloc[at], value=[verified[i] for i in at])
+        found.attrs = {"model": m.name, "fingerprint": m.fingerprint, "direction": direction, "threshold": threshold}
+        return found.sort_values("estimate", ascending=False, ignore_index=True) if at else None
+
+    with salvaged("patching.certify", so_far):
+        result = certify_effects(
+            run, table["score"].tolist(), threshold=threshold, confidence=confidence, budget=budget,
+            share=share, design=design, seed=seed,
+        )  # fmt: skip
     frame = table[places].reset_index(drop=True).join(result.frame)
     frame = frame.sort_values("estimate", ascending=False, ignore_index=True)
     settings = result.settings | {

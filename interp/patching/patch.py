@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.interrupted import handed_on
 from interp.patching.nodes import Node, Nodes, expand, frame
 from interp.patching.runs import Patcher
 from interp.patching.task import Direction, Task
@@ -50,7 +51,8 @@ def patch(
         A line per node: node, site, layer, head, neuron, expert, position, joint, value (mean over pairs of metric of
         the patched run - metric of the unpatched run), score (mean of its absolute value), low, high (95% bootstrap
         over pairs; missing with one pair), metric, method ("exact") and direction. Its
-        ``.attrs`` hold the baseline values of both runs, shortcuts taken and refused, and the cost.
+        ``.attrs`` hold the baseline values of both runs, shortcuts taken and refused, and the cost. Interrupted, it
+        leaves the lines of the nodes that were done (`interp.unfinished`).
 
     Raises PatchError, SiteError and BudgetError; see `interp.patching.runs.effects`.
 
@@ -64,10 +66,19 @@ def patch(
     """
     patcher = Patcher(m, clean, corrupt, metric, direction, budget)
     wanted = expand(m, nodes, patcher.task.base.tokens, positions)
-    values = patcher.effects([[node] for node in wanted])
-    rows = table(m, patcher.task, patcher.baseline, patcher.target, wanted, values, "exact")
-    rows.attrs |= {"rows": patcher.rows, "forward_passes": patcher.passes, "shortcuts": dict(patcher.shortcuts)}
-    return rows
+
+    def made(values: Tensor) -> pd.DataFrame:
+        rows = table(m, patcher.task, patcher.baseline, patcher.target, wanted, values, "exact")
+        rows.attrs |= {"rows": patcher.rows, "forward_passes": patcher.passes, "shortcuts": dict(patcher.shortcuts)}
+        return rows
+
+    def finished(values: Tensor) -> pd.DataFrame:
+        known = values.isfinite().any(1)
+        return made(values)[known.numpy()].reset_index(drop=True)
+
+    with handed_on("patching.patch", finished):
+        values = patcher.effects([[node] for node in wanted])
+    return made(values)
 
 
 def table(
@@ -89,9 +100,11 @@ def table(
         "method": method,
         "direction": task.direction,
         "baseline": {"clean": clean, "corrupt": corrupt},
-        "pairs": task.pairs,
+        "pairs": values.shape[1],
         "sign": "metric of the patched run - metric of the unpatched run",
-        "interval": f"{CONFIDENCE:.0%} bootstrap over pairs, {DRAWS} draws" if task.pairs > 1 else "none: one pair",
+        "interval": f"{CONFIDENCE:.0%} bootstrap over pairs, {DRAWS} draws"
+        if values.shape[1] > 1
+        else "none: one pair",
         "dtype": str(m.dtype).removeprefix("torch."),
     }
     return rows

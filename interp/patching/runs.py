@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from interp.hooks import resume
+from interp.interrupted import carried
 from interp.model import Use
 from interp.patching.memory import MARGIN, Meter, default_budget, nbytes
 from interp.patching.nodes import Node
@@ -122,7 +123,10 @@ class Patcher:
     # -- effects -----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def effects(self, sets: Sequence[Sequence[Node]]) -> Tensor:
-        """Effect of jointly patching each set of nodes: float32 [set, pair]. See `effects`."""
+        """Effect of jointly patching each set of nodes: float32 [set, pair]. See `effects`.
+
+        Interrupted, it puts by the sets it had finished; the rows of the others are NaN.
+        """
         for i, nodes in enumerate(sets):
             if isinstance(nodes, Node):
                 raise PatchError(f"sets[{i}]: expected a set of nodes, got the node {nodes}; write [[node], ...]")
@@ -134,18 +138,27 @@ class Patcher:
             for row in rows:
                 left[row.set] += 1
             out = torch.zeros(len(sets), self.task.pairs, device=self.m.device)
-            with bar("patching", len(rows)) as advance:
+
+            def so_far() -> Tensor:
+                return self._known(out, sets).masked_fill(torch.tensor(left)[:, None] > 0, torch.nan)
+
+            with carried(so_far), bar("patching", len(rows)) as advance:
                 for chunk in self._chunks(rows):
                     for row, made in zip(chunk, self._run(chunk), strict=True):
                         logits.setdefault(row.set, {})[row.pair] = made
                         if len(logits[row.set]) == left[row.set]:
                             out[row.set] = self._effect(logits.pop(row.set), sets[row.set])
+                            left[row.set] = 0
                     advance(len(chunk))
+        self._prefix = (0, None)
+        return self._known(out, sets)
+
+    def _known(self, out: Tensor, sets: Sequence[Sequence[Node]]) -> Tensor:
+        """Effects [set, pair], NaN where a pair has no such position."""
         lengths = self.task.lengths()
         for i, nodes in enumerate(sets):
             reach = max((n.position for n in nodes if n.position is not None), default=-1)
             out[i, lengths <= reach] = torch.nan
-        self._prefix = (0, None)
         return out.cpu()
 
     def _effect(self, made: dict[int, Tensor], nodes: Sequence[Node]) -> Tensor:
