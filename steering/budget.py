@@ -181,9 +181,9 @@ def compare(
                 k, found = (sum(reached["random", i][j] for i in range(controls)) / controls for j in (0, 1))
                 rows.append(_row(label, "random", k, found, sum(shifts) / controls, spread(shifts), controls))
             done += rows
-    found = made()
-    assert found is not None
-    return found
+    table = made()
+    assert table is not None
+    return table
 
 
 def _row(
