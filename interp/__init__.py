@@ -29,6 +29,7 @@ _HOME = {
     "ExpertActivations": "interp.activations",
     "Edit": "interp.edits",
     "Scope": "interp.scope",
+    "rerun": "interp.calls",
     "unfinished": "interp.interrupted",
 }
 _MODULES = ("corpora", "edits", "experts", "metrics", "monet", "patching", "plots", "sae", "store", "zoo")
@@ -51,6 +52,7 @@ __all__ = [
     "monet",
     "patching",
     "plots",
+    "rerun",
     "sae",
     "store",
     "unfinished",
@@ -60,6 +62,7 @@ __all__ = [
 if TYPE_CHECKING:
     from interp import corpora, edits, experts, metrics, monet, patching, plots, sae, store, zoo
     from interp.activations import Activations, ExpertActivations, Tokens
+    from interp.calls import rerun
     from interp.edits import Edit
     from interp.interrupted import unfinished
     from interp.model import Model

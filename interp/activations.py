@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.factored import FactoredExperts
 from interp.sites import Pattern, Site, SiteError, written
 
@@ -96,6 +97,7 @@ class ExpertActivations:
         """Tokens routed to each expert [expert]; padding is not counted."""
         return torch.bincount(self.ids[self.mask].flatten(), minlength=self.n_experts)
 
+    @recorded
     def frame(self) -> pd.DataFrame:
         """One line per (token, slot): batch, position, slot, layer, expert, weight and, if captured, norms.
 
@@ -115,7 +117,9 @@ class ExpertActivations:
         for name, tensor in (("hidden_norm", self.hidden), ("out_norm", self.out)):
             if tensor is not None:
                 columns[name] = tensor[batch, pos, slot].float().norm(dim=-1)
-        return pd.DataFrame({k: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()})
+        frame = pd.DataFrame({k: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()})
+        frame.attrs = {"layer": self.layer, "n_experts": self.n_experts, "tokens": int(self.mask.sum())}
+        return frame
 
 
 @dataclass(eq=False)

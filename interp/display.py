@@ -17,6 +17,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp import calls
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -124,7 +126,7 @@ def probe(p: Any) -> str:
 def table(frame: pd.DataFrame) -> str:
     """A Table as pandas shows it, and below it the settings that it carries."""
     shown = str(frame.to_html(max_rows=20, notebook=True, escape=True, border=0))
-    return shown + (_folded("settings (.attrs)", _pairs(frame.attrs)) if frame.attrs else "")
+    return shown + (_folded("settings (.attrs)", _pairs(calls.about(frame))) if frame.attrs else "")
 
 
 _SHOWERS: dict[tuple[str, str], Callable[[Any], str]] = {

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -134,6 +136,7 @@ class FactoredExperts:
             total += torch.bincount(found.id[heavy], minlength=len(total))
         return total
 
+    @recorded
     def frame(self, k: int = 8) -> pd.DataFrame:
         """One line per real token and each of its `k` heaviest experts.
 
@@ -154,7 +157,9 @@ class FactoredExperts:
             "j": expert % self.n,
             "weight": weights[batch, pos, rank].float(),
         }
-        return pd.DataFrame({c: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for c, v in columns.items()})
+        frame = pd.DataFrame({c: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for c, v in columns.items()})
+        frame.attrs = {"layer": self.layer, "n_experts": self.n_experts, "tokens": int(self.mask.sum()), "heaviest": k}
+        return frame
 
     def _found(self) -> Iterator[_Found]:
         """The experts that have weight, a run of tokens at a time."""

@@ -50,10 +50,14 @@ def handed_on(what: str, make: Callable[[Any], Any]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        done = getattr(stop, _DONE, None)
-        if done is not None and (value := make(done)) is not None:
+        if (done := carried_by(stop)) is not None and (value := make(done)) is not None:
             _keep(what, value, stop)
         raise
+
+
+def carried_by(stop: KeyboardInterrupt) -> Any:
+    """What an interruption carries from the calls that it left; None where that is nothing."""
+    return getattr(stop, _DONE, None)
 
 
 def _keep(what: str, value: Any, stop: KeyboardInterrupt) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from interp.activations import Tokens
+from interp.calls import recorded
 
 Answer = int | Sequence[int] | Tensor
 
@@ -68,6 +69,7 @@ def _chosen(logits: Tensor, answer: Answer, what: str) -> Tensor:
     return logits.gather(1, ids.expand(len(logits))[:, None])[:, 0]
 
 
+@recorded
 def logit_diff(correct: Answer, wrong: Answer) -> Metric:
     """logit(correct) - logit(wrong) at the last token; ids, or one id per example."""
 
@@ -78,6 +80,7 @@ def logit_diff(correct: Answer, wrong: Answer) -> Metric:
     return Metric(fn, "logit_diff")
 
 
+@recorded
 def log_prob(target: Answer) -> Metric:
     """Log-probability (nats) of the target at the last token."""
     return Metric(
@@ -86,6 +89,7 @@ def log_prob(target: Answer) -> Metric:
     )
 
 
+@recorded
 def kl(reference: Tensor, *, every: bool = False) -> Metric:
     """KL(reference || run), nats, at the last token, or with `every` averaged over each row's real tokens.
 
@@ -110,6 +114,7 @@ def kl(reference: Tensor, *, every: bool = False) -> Metric:
     return Metric(fn, "kl", larger_is_more=False)
 
 
+@recorded
 def loss(tokens: Tokens | Tensor) -> Metric:
     """Mean next-token cross-entropy (nats) over each row's real tokens."""
     given = tokens if isinstance(tokens, Tokens) else Tokens(tokens, torch.ones_like(tokens, dtype=torch.bool))

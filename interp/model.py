@@ -284,7 +284,7 @@ class Model:
         """
         bound = [Bound(self._bind(edit), site) for edit in self._flat_edits(edits) for site in self.resolve(edit.site)]
         with self.using(Use(edits=bound)):
-            yield Intervention(bound)
+            yield Intervention(bound, self)
 
     def _bind(self, edit: Edit) -> Edit:
         def decode(ids: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from interp.calls import recorded
 from interp.hooks.splice import Autoencoder
 from interp.sites import KINDS, SPLICED, Pattern, Site, SiteError, kind_of, written
 
@@ -120,6 +121,7 @@ def _in_range(m: Model, site: Site, text: str) -> Site:
     return Site(site.name, site.layer, tuple(index))
 
 
+@recorded
 def site_table(m: Model) -> pd.DataFrame:
     """`Model.map`: a line per site name, those of attached autoencoders last."""
     import pandas as pd
@@ -138,7 +140,9 @@ def site_table(m: Model) -> pd.DataFrame:
             "door": ", ".join(sorted({p.how for p in places.values()})), "what": kind.what,
             "absent": "; ".join(why[:2]),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs = {"model": m.name, "fingerprint": m.fingerprint}
+    return table
 
 
 def fitting(m: Model, s: Autoencoder) -> Site:

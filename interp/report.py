@@ -20,6 +20,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp.calls import Call
 from interp.cards import Card, CardError
 from interp.report_page import (
     Section,
@@ -77,7 +78,12 @@ def load_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     place = Path(path)
     if place.suffix == ".jsonl":
         return pd.read_json(place, lines=True)
-    return pd.read_csv(place) if place.suffix == ".csv" else pd.read_parquet(place)
+    if place.suffix == ".csv":
+        return pd.read_csv(place)
+    table = pd.read_parquet(place)
+    if isinstance(call := table.attrs.get("call"), dict):
+        table.attrs["call"] = Call(call)
+    return table
 
 
 def write(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from interp import calls
 from interp.version import __version__
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def table_section(name: str, table: pd.DataFrame, rows: int) -> Section:
     more = f"<p class=quiet>{len(table) - rows:,} more rows are in the file.</p>" if len(table) > rows else ""
     if len(shown) > ON_PAPER:
         more += f'<p class="quiet paper">On paper: the first {ON_PAPER} of {len(table):,} rows.</p>'
-    attrs = {str(key): value for key, value in table.attrs.items()}
+    attrs = calls.about(table)
     remake = attrs.pop("remake", None)
     command = f"<p class=made>Made by</p><pre class=remake>{escaped(remake)}</pre>" if remake else ""
     settings = definitions(attrs, "Settings") if attrs else "<p class=quiet>It carries no settings.</p>"

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 class Intervention:
     """The handle of an open ``intervene`` context."""
 
-    def __init__(self, bound: list[Bound]) -> None:
-        self._bound = bound
+    def __init__(self, bound: list[Bound], model: Any = None) -> None:
+        self._bound, self._model = bound, model
 
     def trace(self, calls: bool = False) -> pd.DataFrame:
         """The tokens that were edited: node, edit, batch, position (among real tokens), token (id, -1 if unknown).
 
         Without `calls`, each edited token stands once, however often it was recomputed; so the trace is the same with
-        and without a cache, and whatever the padding. With `calls`, one line per forward call too.
+        and without a cache, and whatever the padding. With `calls`, one line per forward call too. ``.attrs["edits"]``
+        names the edits with their scopes, those that touched nothing too.
         """
         import pandas as pd
 
@@ -44,7 +45,12 @@ class Intervention:
                         }
                     )
         frame = pd.DataFrame(rows, columns=["node", "edit", "call", "batch", "position", "token"])
-        return frame if calls else frame.drop(columns="call").drop_duplicates(ignore_index=True)
+        if not calls:
+            frame = frame.drop(columns="call").drop_duplicates(ignore_index=True)
+        about = {} if self._model is None else {"model": self._model.name, "fingerprint": self._model.fingerprint}
+        edits = [{"node": str(b.site), "edit": b.edit.name, "scope": b.edit.scope.text} for b in self._bound]
+        frame.attrs.update(about, edits=edits)
+        return frame
 
 
 @dataclass(frozen=True)

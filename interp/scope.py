@@ -182,6 +182,16 @@ class Scope:
                 "Scope"
             ) from None
 
+    def recipe(self) -> str:
+        """The text from which `from_recipe` makes it again. TypeError for a mask, which no text says."""
+        if "mask(" in self.text:
+            raise TypeError(f"a scope that is a mask, {self.text}")
+        return self.text
+
+    @staticmethod
+    def from_recipe(text: str) -> Scope:
+        return Scope.parse(text)
+
     def bind(self, decode: Callable[[list[int]], str] | None) -> Scope:
         """The same scope, its text looked for in what `decode` makes of the tokens."""
         if self.needs is None:

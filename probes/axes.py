@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from interp import edits
+from interp.calls import recorded
 from interp.edits import Edit
 from probes.errors import ProbeError, ProbeWarning
 
@@ -65,6 +66,7 @@ class Axis:
         """Ratings of activations [phrase, feature] -> [phrase]; the phrases it was found from lie in -1 .. 1."""
         return (np.asarray(X, np.float64) - self.centre) @ self.direction / self.scale
 
+    @recorded
     def ratings(self, m: Any, phrases: Sequence[Any]) -> pd.DataFrame:
         """Table: phrase, value."""
         import pandas as pd
@@ -89,6 +91,7 @@ class Axis:
         return self.site
 
 
+@recorded
 def fit_axis(X: np.ndarray, positive: np.ndarray, method: Method = "pca", **about: Any) -> Axis:
     """The axis of activations [phrase, feature].
 

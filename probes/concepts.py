@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.metrics import as_metric
 from probes.errors import ProbeError
 from probes.reading import features
@@ -58,6 +59,7 @@ class TcavResult:
     def score(self) -> float:
         return float(self.scores.mean())
 
+    @recorded
     def frame(self) -> pd.DataFrame:
         """One row each for the concept and for random texts: node, baseline, metric, value, low, high, p_value."""
         import pandas as pd
@@ -93,6 +95,7 @@ def sensitivities(m: Any, inputs: Any, metric: Any, site: str, *, batch_size: in
     return torch.cat(rows).numpy()
 
 
+@recorded
 def tcav(
     m: Any, concept: Sequence[str], random: Sequence[str], inputs: Any, metric: Any, site: str, *, runs: int = 5,
     random_sets: int = 20, at: str = "mean", C: float = 0.01, seed: int = 0,

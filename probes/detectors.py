@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.calls import recorded
 from probes.errors import ProbeError, ProbeWarning
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Detector:
         return self.score(m, texts) > self.threshold
 
 
+@recorded
 def detector(
     m: Any, texts: Any, labels: Sequence[Any], sites: str | Sequence[str] = "resid_post[*]", *, at: str = "last",
     groups: Sequence[object] | None = None, false_positives: float = 0.05, seed: int = 0,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from interp import edits
+from interp.calls import recorded
 from interp.edits import Edit
 from interp.metrics import as_metric
 from probes.errors import ProbeError
@@ -33,6 +34,7 @@ def random_adds(site: str, vector: Any, n: int = 20, *, seed: int = 0, **how: An
     return [edits.add(site, draw, **{"name": "random", **how}) for draw in draws]
 
 
+@recorded
 def effect(
     m: Any, edit: Any, inputs: Any, metric: Any, controls: Sequence[Any], *, draws: int = 2000, seed: int = 0
 ) -> pd.DataFrame:

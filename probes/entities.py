@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from interp.calls import recorded
 from probes.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def activity(m: Any, units: Any, texts: Any, at: str = "last") -> dict[str, np.n
     return {node: read[node] for node in read}
 
 
+@recorded
 def awareness(
     m: Any, units: Any, known: Sequence[Any], unknown: Sequence[Any], *, at: str = "last", top: int = 5,
     groups: tuple[Sequence[object], Sequence[object]] | None = None, seed: int = 0,
@@ -105,6 +107,7 @@ def awareness(
     return table
 
 
+@recorded
 def attention_change(
     m: Any, edit: Any, inputs: Any, controls: Sequence[Any], *, keys: Any = None, sites: str = "pattern[*]"
 ) -> pd.DataFrame:

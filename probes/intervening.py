@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from interp import edits
+from interp.calls import recorded
 from interp.edits import Edit
 from interp.metrics import as_metric
 from interp.progress import bar
@@ -65,6 +66,7 @@ def goal(probe: Any, site: str, p: float, *, scope: Any = "last") -> Edit:
     return Edit(site, move, edits.Scope.parse(scope), name=f"probe to p = {p:g}")
 
 
+@recorded
 def causal(
     m: Any, probe: Any, site: str, inputs: Any, metric: Any, *, unit: float,
     strengths: Sequence[float] = (-2, -1, 0, 1, 2), controls: int = 20, scope: Any = "all", seed: int = 0,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from interp.calls import recorded
 from interp.metrics import last_logits
 from probes.detectors import Detector, detector
 from probes.errors import ProbeError
@@ -122,6 +123,7 @@ class Knows:
         return interval(before, after, lambda b, a: float((a - b).mean()), seed=seed)
 
 
+@recorded
 def knows(
     m: Any, questions: Sequence[Any], answers: Sequence[Answer], sites: str | Sequence[str] = "resid_post[*]", *,
     at: str = "last", groups: Sequence[object] | None = None, seed: int = 0,

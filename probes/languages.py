@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.calls import recorded
 from probes.axes import Axis, Method, fit_axis, phrase_features
 from probes.errors import ProbeError
 
@@ -53,6 +54,7 @@ class Across:
         return square
 
 
+@recorded
 def across(
     m: Any, phrases: Mapping[str, Sequence[Any]], *, positive: Sequence[int], negative: Sequence[int], site: str,
     at: str = "mean", templates: Mapping[str, Sequence[str]] | None = None, method: Method = "pca", draws: int = 1000,

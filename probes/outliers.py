@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from interp import metrics
+from interp.calls import recorded
 from interp.edits import Edit, Where
 from probes.errors import ProbeError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def massive(m: Any, texts: Sequence[str] | Any, site: str = "resid_post[*]", *, floor: float = 100.0,
             factor: float = 1000.0) -> pd.DataFrame:  # fmt: skip
     """Every massive value in some texts.
@@ -79,6 +81,7 @@ class Put:
         return out
 
 
+@recorded
 def massive_effect(m: Any, texts: Sequence[str] | Any, found: pd.DataFrame) -> pd.DataFrame:
     """The loss (nats per token) as it is, with the massive values at zero, and with each at its mean over the texts.
 
@@ -119,6 +122,7 @@ def _puts(first: pd.DataFrame, how: Literal["none", "zero", "mean"] | str) -> li
     return edits
 
 
+@recorded
 def massive_attention(m: Any, texts: Sequence[str] | Any, found: pd.DataFrame) -> pd.DataFrame:
     """Share of each layer's attention that goes to tokens with massive values, beside their share of what is visible.
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from interp.calls import recorded
 from interp.metrics import last_logits
 from probes.errors import ProbeError
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Names = str | Sequence[str]
 
 
+@recorded
 def prompt_probe(
     m: Any, facts: Sequence[tuple[Names, str]], prompts: Sequence[str], verbalisers: Mapping[str, Sequence[str]], *,
     batch_size: int = 32, draws: int = 1000, seed: int = 0,

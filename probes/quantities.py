@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.calls import recorded
 from probes.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ EFFECTS = ("distance", "size", "ratio", "joint")
 _RATES = np.geomspace(0.01, 30, 120)  # of the exponential: from nearly straight to a step at the first ratio
 
 
+@recorded
 def magnitude(
     m: Any, notations: Mapping[str, Mapping[int, str]], sites: str | Sequence[str] = "resid_post[*]", *,
     at: str = "last", template: str = "{}", shuffles: int = 50, seed: int = 0,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.calls import recorded
 from probes.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Labelled = tuple[Any, Sequence[object]]
 
 
+@recorded
 def shift(
     m: Any, source: Labelled, target: Labelled, sites: str | Sequence[str] = "resid_post[*]", *,
     probes: Mapping[str, Any] | None = None, groups: tuple[Sequence[object], Sequence[object]] | None = None,

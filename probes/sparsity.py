@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from interp import metrics
+from interp.calls import recorded
 from interp.edits import Edit, Where
 from probes.errors import ProbeError
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 SITE = "mlp_hidden"
 
 
+@recorded
 def nonzero(m: Any, texts: Sequence[str] | Any, *, threshold: float = 0.0) -> pd.DataFrame:
     """Share of neurons whose size is above `threshold`, over tokens: columns layer, node, metric, value."""
     import pandas as pd
@@ -67,6 +69,7 @@ def top_k(m: Any, k: int, site: str = f"{SITE}[*]") -> Edit:
     return Edit(site, KeepLargest(k), name=f"top {k}")
 
 
+@recorded
 def top_k_curve(m: Any, texts: Sequence[str] | Any, ks: Iterable[int]) -> pd.DataFrame:
     """Loss (nats per token) and calibration error of the next-token prediction with k neurons left.
 
@@ -126,6 +129,7 @@ class DropBelow:
         return h.masked_fill(h.abs() * self.norms.to(h) <= self.threshold, 0)
 
 
+@recorded
 def thresholds(m: Any, texts: Sequence[str] | Any, error: float = 0.1) -> pd.DataFrame:
     """The largest magnitude threshold per layer whose dropped neurons cost at most `error` of the output.
 
@@ -177,6 +181,7 @@ def threshold_edits(m: Any, table: pd.DataFrame) -> list[Edit]:
     ]
 
 
+@recorded
 def threshold_curve(m: Any, texts: Sequence[str] | Any, table: pd.DataFrame) -> pd.DataFrame:
     """What the thresholds give on other texts: per layer the error and the share kept, and the loss with and without.
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.calls import recorded
 from interp.interrupted import salvaged
 from interp.progress import bar
 from probes.errors import ProbeError
@@ -55,6 +56,7 @@ class Survey:
     parts: Split
 
 
+@recorded
 def by_layer(
     m: Any, texts: Sequence[str] | Any, labels: Sequence[object], site: str = "resid_post", **how: Any
 ) -> pd.DataFrame:
@@ -62,6 +64,7 @@ def by_layer(
     return by_site(m, texts, labels, f"{site}[*]", **how)
 
 
+@recorded
 def by_site(m: Any, texts: Sequence[str] | Any, labels: Sequence[object], sites: Any, **how: Any) -> pd.DataFrame:
     """Fits a probe at every site and scores it on held-out examples: the table of `survey`, which says the arguments.
 
@@ -73,6 +76,7 @@ def by_site(m: Any, texts: Sequence[str] | Any, labels: Sequence[object], sites:
     return survey(m, texts, labels, sites, **how).table
 
 
+@recorded
 def survey(
     m: Any, texts: Sequence[str] | Any, labels: Sequence[object] | np.ndarray, sites: Any, *, at: str = "last",
     probe: Any = None, groups: Sequence[object] | None = None, parts: Split | None = None,

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.calls import recorded
 from probes.errors import ProbeError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def by_variant(
     m: Any, variants: Mapping[str, Any], labels: Mapping[str, Sequence[object]], site: str = "resid_post", *,
     groups: Sequence[object] | None = None, seed: int = 0, **how: Any,
@@ -63,6 +65,7 @@ def by_variant(
     return table
 
 
+@recorded
 def transfer(
     m: Any, variants: Mapping[str, Any], labels: Sequence[object], site: str, *, probe: Any = None,
     groups: Sequence[object] | None = None, at: str = "last", seed: int = 0,

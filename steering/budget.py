@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
+from interp.calls import recorded
 from interp.interrupted import salvaged
 from steering import pairs as _pairs
 from steering.baselines import random_like
@@ -115,6 +116,7 @@ class _Search:
         self.next = k if self.low < k < self.high else (self.low + self.high) / 2
 
 
+@recorded
 def compare(
     m: Any,
     methods: Mapping[str, Mapping[str, SteeringMap]],

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.edits import Edit
 from interp.progress import bar
 from steering import pairs as _pairs
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 COLUMNS = ("multiplier", "baseline", "metric", "position", "value", "low", "high", "n")
 
 
+@recorded
 def neutral(
     m: Any,
     v: SteeringMap,
@@ -117,6 +119,7 @@ def neutral_passages(m: Any, texts: Any, max_tokens: int, prompt_tokens: int = 1
     return long
 
 
+@recorded
 def fluency(
     m: Any,
     v: SteeringMap,
@@ -183,6 +186,7 @@ def fluency(
     return _table(rows, m, v, about), pd.DataFrame(texts)
 
 
+@recorded
 def choices(
     m: Any,
     v: SteeringMap,

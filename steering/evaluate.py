@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from interp.calls import recorded
 from interp.interrupted import handed_on
 from steering.intervals import bootstrap, spread
 from steering.propensity import MULTIPLIERS, propensities, slopes
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def evaluate(
     m: Any, v: SteeringMap, pairs: Any, multipliers: Sequence[float] = MULTIPLIERS, *, seed: int = 0, **how: Any
 ) -> pd.DataFrame:
@@ -47,6 +49,7 @@ def evaluate(
     return summarise(table, seed=seed)
 
 
+@recorded
 def summarise(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """The table of `evaluate` from that of `propensities`."""
     import pandas as pd

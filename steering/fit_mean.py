@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from interp.calls import recorded
 from steering import pairs as _pairs
 from steering.reading import At, read_pairs, sites_at, token_mean
 from steering.vector import AFTER_PROMPT, SteeringVector
 
 
+@recorded
 def caa(
     m: Any,
     pairs: Iterable[Any],
@@ -59,6 +61,7 @@ def caa(
     )
 
 
+@recorded
 def mean_centre(
     m: Any,
     target_texts: Any,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.edits import Edit
 from interp.sites import Site
 from steering import pairs as _pairs
@@ -229,6 +230,7 @@ def _scores(
     return {"bypass": float(bypass), "induce": float(induce), "kl": float(kl)}
 
 
+@recorded
 def projections(
     m: Any, texts: dict[str, Any], direction: SteeringVector | Tensor, *, layer: Any = "*", site: str = "resid_post",
     at: At = "last", chat: bool = False, batch_tokens: int = 2048,

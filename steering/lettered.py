@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from interp.calls import recorded
 from interp.progress import bar
 from steering import pairs as _pairs
 from steering.continuation import continued
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 TEMPLATE = "{question}\n\nChoices:\n ({a}) {first}\n ({b}) {second}\n\nAnswer: ("
 
 
+@recorded
 def ab(
     m: Any,
     v: SteeringMap,

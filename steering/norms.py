@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interp.calls import recorded
 from interp.sites import Site
 from steering import pairs
 from steering.reading import each_token
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from steering.vector import SteeringVector
 
 
+@recorded
 def against(v: SteeringVector, m: Any, texts: Any) -> pd.DataFrame:
     """One row per node: norm of the vector, and against every token but the first of `texts` its size and direction.
 

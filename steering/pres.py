@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from interp.calls import recorded
 from steering.errors import SteeringError
 from steering.intervals import bootstrap, spread
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SHARES = (0.25, 0.5, 0.75)
 
 
+@recorded
 def pres(table: pd.DataFrame, multiplier: float = 1.0, *, seed: int = 0) -> pd.DataFrame:
     """Shift of normalised likelihoods at one multiplier, for the hardest queries, positives and negatives apart.
 

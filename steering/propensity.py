@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp.calls import recorded
 from interp.edits import Edit
 from interp.interrupted import handed_on, salvaged
 from steering import pairs as _pairs
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 MULTIPLIERS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 
+@recorded
 def propensities(
     m: Any,
     v: SteeringMap,
@@ -127,6 +129,7 @@ def propensities(
     return table
 
 
+@recorded
 def slopes(table: pd.DataFrame, baseline: str = "none") -> pd.DataFrame:
     """Each item's least-squares slope of value over multiplier: columns item, slope (nats per token and unit),
     residual.

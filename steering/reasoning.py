@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from steering import pairs as _pairs
 from steering.continuation import divergences
 from steering.errors import SteeringError
@@ -67,6 +68,7 @@ def reasoning_vector(
     return SteeringVector(v.parts, v.fingerprint, v.model, "reasoning", record)
 
 
+@recorded
 def final_logits(
     m: Any,
     v: SteeringMap,

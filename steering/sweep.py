@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp.calls import recorded
 from interp.edits import Edit
 from interp.interrupted import handed_on
 from steering import pairs as _pairs
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def sweep(
     m: Any,
     v: SteeringMap,

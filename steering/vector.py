@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.edits import Edit, Gate
 from interp.scope import Scope
 from interp.sites import Site
@@ -334,6 +335,7 @@ def equalise(vectors: list[SteeringVector]) -> list[SteeringVector]:
     return [v.with_norm(mean) for v in vectors]
 
 
+@recorded
 def cosines(vectors: Mapping[str, SteeringVector]) -> pd.DataFrame:
     """Cosine of every vector with every other, as a square table with their names on both sides."""
     import pandas as pd

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from interp.calls import settings
 from interp.cli.common import ModelArgument, ModelOption, emit, keep, named_model, records, stderr, stdout
 
 
@@ -78,8 +79,8 @@ def command(
             keep(answer.causal, out / "causal.parquet")
             files["causal"] = str(plots.save(figures.causal(answer.causal), out / "causal.html"))
     if as_json:
-        causal = None if answer is None else {**answer.causal.attrs, "table": records(answer.causal)}
-        emit({**table.attrs, "table": records(table), "causal": causal, "files": files})
+        causal = None if answer is None else {**settings(answer.causal), "table": records(answer.causal)}
+        emit({**settings(table), "table": records(table), "causal": causal, "files": files})
         return
     _print(table, answer, files)
 

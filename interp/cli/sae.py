@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from interp.calls import settings
 from interp.cli.common import emit, keep, records, stderr, stdout
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def evaluate(
     texts = _texts(text, file, limit)
     table = sae.evaluate(sae.load(directory), _open(model, device), texts, context=context, ablation=ablation)
     if as_json:
-        emit({"directory": str(directory), "settings": table.attrs, "table": records(table)})
+        emit({"directory": str(directory), "settings": settings(table), "table": records(table)})
         return
     for row in table.to_dict("records"):
         interval = f"  [{row['low']:.4f}, {row['high']:.4f}]" if row["low"] == row["low"] else ""

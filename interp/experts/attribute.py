@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.batches import Batch, Corpus, Labelled, corpus
 from interp.experts.collect import digest
 from interp.experts.removal import Formula, formula, renormalised, zeroed
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 MODES = ("zero", "renormalise", "reroute")
 
 
+@recorded
 def attribute(
     model: Any,
     texts: Labelled | Corpus,
@@ -242,6 +244,7 @@ def _biases(model: Any, layer: int, size: int) -> list[Tensor]:
     return [t.detach().flatten().double() for name, t in named if "bias" in name and t.numel() == size]
 
 
+@recorded
 def agreement(estimate: pd.DataFrame, exact: pd.DataFrame, top: float = 0.1) -> pd.DataFrame:
     """How well an estimate ranks units as the exact effects do.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.divergence import mean_with_interval
 from interp.experts.units import ExpertError, units_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 @torch.no_grad()
 def autonomy(
     model: Any,

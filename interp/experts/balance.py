@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def load(stats: RoutingStats, labels: list[str] | None = None) -> pd.DataFrame:
     """How a layer's load is spread, per label, and over all labels pooled (label "all").
 
@@ -56,6 +58,7 @@ def load(stats: RoutingStats, labels: list[str] | None = None) -> pd.DataFrame:
     return frame
 
 
+@recorded
 def saturation(
     earlier: Mapping[str, Any],
     model: Any,

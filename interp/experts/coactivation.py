@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from interp.calls import recorded
 from interp.experts.stats import RoutingStats
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def coactivation(stats: RoutingStats, label: str | None = None, *, top: int | None = 20) -> pd.DataFrame:
     """The pairs of each layer that are used by the same tokens most.
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.batches import Batch, Corpus, Labelled, Window, corpus
 from interp.experts.kept import Documents, Examples, key_of
 from interp.experts.stats import RoutingStats
@@ -29,6 +30,7 @@ ROOM = 2**30
 DOCUMENTS = 200
 
 
+@recorded
 def routing(
     model: Any,
     texts: Labelled | Corpus,

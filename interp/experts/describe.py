@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.sets import ExpertSet
 from interp.experts.units import ExpertError, units_of
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def top_examples(
     model: Any,
     texts: Labelled | Corpus,
@@ -79,6 +81,7 @@ def top_examples(
     return pd.DataFrame(rows, columns=columns)
 
 
+@recorded
 def experts_per_token(model: Any, texts: Any, threshold: float = 0.01) -> pd.DataFrame:
     """How many experts each token uses: columns batch, position, token, router, experts (weight above `threshold`).
 
@@ -98,6 +101,7 @@ def experts_per_token(model: Any, texts: Any, threshold: float = 0.01) -> pd.Dat
     return pd.concat(rows, ignore_index=True)
 
 
+@recorded
 def detection(
     model: Any,
     describe_on: Labelled | Corpus,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.units import ExpertError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 @torch.no_grad()
 def dimensions(
     model: Any,
@@ -92,6 +94,7 @@ def active(h: Tensor, threshold: float) -> Tensor:
     return h.float().abs() > threshold * size
 
 
+@recorded
 def shares(table: pd.DataFrame) -> pd.DataFrame:
     """Share of each role per layer: columns shared, specific, silent, one line per layer, adding up to 1."""
     counts = table.groupby("layer")["role"].value_counts(normalize=True).unstack(fill_value=0)

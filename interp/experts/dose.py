@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp.calls import recorded
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.controls import has_controls
 from interp.experts.divergence import divergence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def dose(
     model: Any,
     stats: RoutingStats,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interp.calls import recorded
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.collect import routing
 from interp.experts.controls import frequency, matched
@@ -38,6 +39,7 @@ def switched_off(model: Any, chosen: ExpertSet) -> AbstractContextManager[Any]:
     return chosen.check(model).off(model, chosen.ids)
 
 
+@recorded
 def evaluate(
     model: Any,
     chosen: ExpertSet,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp.calls import recorded
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def examples(stats: RoutingStats, model: Any, units: Sequence[tuple[int, int]] | None = None) -> pd.DataFrame:
     """The tokens at which units weigh most.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.batches import Corpus, Labelled, corpus
 
 METRICS = ("loss", "perplexity", "accuracy")
@@ -41,6 +42,7 @@ class Losses:
         return torch.stack([self.nats[rows], self.correct[rows], self.tokens[rows]], 1)
 
 
+@recorded
 def losses(
     model: Any, texts: Labelled | Corpus, *, max_tokens: int | None = None, batch_tokens: int = 4096
 ) -> Losses:  # fmt: skip

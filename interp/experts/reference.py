@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.units import ExpertError, identity, units_of
 
 
@@ -34,6 +35,7 @@ class Means:
     counts: dict[int, Tensor]
 
 
+@recorded
 @torch.no_grad()
 def mean_outputs(model: Any, texts: Any, *, kind: str = "auto", batch_rows: int = 8) -> Means:
     """Mean output of every unit, over the tokens routed to it (routed) or all tokens (neurons).

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.controls import matched
 from interp.experts.divergence import mean_with_interval
 from interp.experts.evaluate import switched_off
@@ -69,6 +70,7 @@ def _first(model: Any, prompt: str, answer: str, relation: str) -> int:
     return int(whole[len(before)])
 
 
+@recorded
 def interference(
     model: Any,
     sets: Mapping[str, ExpertSet],

@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp.calls import recorded
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.controls import has_controls
 from interp.experts.evaluate import evaluate
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
+@recorded
 def remove_each(
     model: Any,
     stats: RoutingStats,
@@ -109,6 +111,7 @@ def remove_each(
     return found
 
 
+@recorded
 def matrix(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
     """The change of `metric` as removed x label."""
     own = table[(table["metric"] == metric) & (table["baseline"] == "none")]
@@ -117,6 +120,7 @@ def matrix(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
     return own.pivot(index="removed", columns="label", values="value").loc[order, columns]
 
 
+@recorded
 def summary(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
     """One line per removed label, and one for the mean over them ("mean"): columns
 
@@ -145,6 +149,7 @@ def summary(table: pd.DataFrame, metric: str = "loss") -> pd.DataFrame:
     return frame
 
 
+@recorded
 def frontier(
     model: Any,
     stats: RoutingStats,
@@ -181,6 +186,7 @@ def frontier(
     return frame
 
 
+@recorded
 def at_damage(frontiers: pd.DataFrame, damage: float) -> pd.DataFrame:
     """Spill and selectivity of each method at one common damage, by linear interpolation along its frontier.
 

@@ -155,6 +155,18 @@ class ExpertSet:
             )
         return cls(model, {int(k): v for k, v in data["ids"].items()}, data["kind"], data["record"])
 
+    def recipe(self) -> dict[str, Any]:
+        """What `from_recipe` makes it again from: plain values."""
+        about = {"kind": self.kind, "size": self.size, "fingerprint": self.fingerprint, "name": self.name}
+        ids = {layer: chosen.tolist() for layer, chosen in self.ids.items()}
+        return {**about, "n_layers": self.n_layers, "ids": ids, "record": self.record}
+
+    @classmethod
+    def from_recipe(cls, data: Mapping[str, Any]) -> ExpertSet:
+        self = cls.__new__(cls)
+        self._fill(**{**data, "ids": {layer: torch.tensor(chosen) for layer, chosen in data["ids"].items()}})
+        return self
+
     def check(self, model: Any) -> Units:
         """The model's units. Raises ExpertError unless this set was made for it."""
         if (here := identity(model)) != self.fingerprint:

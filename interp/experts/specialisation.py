@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.stats import RoutingStats
 from interp.experts.units import ExpertError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 def specialisation(
     stats: RoutingStats, *, by: str = "layer", shuffles: int = 100, seed: int = 0, weigh: str = "mass"
 ) -> pd.DataFrame:  # fmt: skip

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.experts.kept import Documents, Examples
 from interp.experts.units import ExpertError
 
@@ -160,6 +161,7 @@ class RoutingStats:
         return replace(self, labels=labels, more=more, sample=sample, examples=examples, data=data, **named)
 
     # -- as tables ---------------------------------------------------------------------------------------------
+    @recorded
     def frame(self, labels: Sequence[str] | None = None) -> pd.DataFrame:
         """One line per layer, expert and label: layer, router, expert, label, mass (per token), used (share of tokens).
 
@@ -173,6 +175,7 @@ class RoutingStats:
             columns["contribution"] = self.more["contribution"] / self.tokens[:, None, None]
         return self.table(columns, labels)
 
+    @recorded
     def profile(self, labels: Sequence[str] | None = None) -> pd.DataFrame:
         """Mean weight by the token's place in its window: layer, router, expert, label, position, mass.
 

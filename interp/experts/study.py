@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp.calls import recorded
 from interp.experts.batches import Labelled, corpus
 from interp.experts.collect import routing
 from interp.experts.losses import losses
@@ -145,6 +146,7 @@ def best(curve: pd.DataFrame, damage: float) -> tuple[str, dict[str, Any]]:
     return str(row["method"]).rpartition(", ")[2], settings
 
 
+@recorded
 def compare(curves: Mapping[str, pd.DataFrame], damage: float = 0.5) -> pd.DataFrame:
     """Several models' frontiers at one common damage: columns method, damage, spill, selectivity, share_of_all."""
     import pandas as pd
@@ -153,6 +155,7 @@ def compare(curves: Mapping[str, pd.DataFrame], damage: float = 0.5) -> pd.DataF
     return at_damage(pd.concat(named, ignore_index=True), damage)
 
 
+@recorded
 def register(
     model: Any,
     *,
@@ -227,6 +230,7 @@ def _beginning(text: str, words: int = 40) -> str:
     return "\n".join(kept)
 
 
+@recorded
 def descriptions(
     model: Any,
     group: str = "domain",

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from interp.activations import Tokens
+from interp.calls import recorded
 from interp.edits import Edit, Where
 from interp.experts.attribute import amounts, checked, effects, per_row
 from interp.experts.batches import Batch, Corpus, Labelled, corpus
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 @torch.no_grad()
 def sweep(
     model: Any,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interp.calls import recorded
 from interp.experts.batches import Corpus, Labelled, corpus
 from interp.experts.controls import has_controls, matched
 from interp.experts.evaluate import switched_off
@@ -82,6 +83,7 @@ def lexicon() -> WordList:
     raise ExpertError("the package cuss has no index.js")
 
 
+@recorded
 def suppress(
     model: Any,
     stats: RoutingStats,

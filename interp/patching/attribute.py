@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from interp.activations import Activations
+from interp.calls import recorded
 from interp.hooks import resume
 from interp.interrupted import carried, handed_on
 from interp.patching import graddrop
@@ -58,6 +59,7 @@ Method = Literal["atp", "atp+qk", "atp+graddrop", "atp*", "ig", "secant", "secan
 METHODS: tuple[str, ...] = get_args(Method)
 
 
+@recorded
 def attribute(
     m: Model,
     clean: Any,

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.interrupted import handed_on, salvaged
 from interp.patching.nodes import Node
 from interp.patching.welch import Design, Estimate, draw_subsets, from_complements, from_subsets
@@ -107,6 +108,7 @@ class Certificate:
         return self.statement
 
 
+@recorded
 def certify(
     m: Model,
     clean: Any,

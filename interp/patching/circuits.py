@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.patching.edges import Setting
 from interp.patching.graph import Graph, GraphError, Level, Reader, mask_of
 
@@ -77,6 +78,7 @@ class Circuit:
         """Every writer and reader named by an edge, in the order of the edges."""
         return list(dict.fromkeys(name for edge in self.edges for name in edge))
 
+    @recorded
     def frame(self) -> pd.DataFrame:
         """A line per edge: writer, reader, value (its score; NaN without one)."""
         import pandas as pd
@@ -238,6 +240,7 @@ class Bench:
         return made
 
 
+@recorded
 def evaluate(bench: Bench, circuits: dict[str, Circuit], controls: int = 10, seed: int = 0) -> pd.DataFrame:
     """Faithfulness of circuits beside random ones of the same size.
 
@@ -268,6 +271,7 @@ def evaluate(bench: Bench, circuits: dict[str, Circuit], controls: int = 10, see
     return _framed(pd.DataFrame(rows), bench, controls=controls, seed=seed)
 
 
+@recorded
 def curve(
     bench: Bench, table: pd.DataFrame, shares: Sequence[float] = MIB_SHARES, *, absolute: bool = True
 ) -> pd.DataFrame:
@@ -312,6 +316,7 @@ def _area(x: Sequence[float], y: Sequence[float]) -> float:
     return sum((x[i + 1] - x[i]) * (y[i] + y[i + 1]) / 2 for i in range(len(x) - 1))
 
 
+@recorded
 def completeness(bench: Bench, circuit: Circuit, samples: int = 10, seed: int = 0) -> pd.DataFrame:
     """What the model still does without parts of the circuit, against the circuit without them.
 
@@ -336,6 +341,7 @@ def completeness(bench: Bench, circuit: Circuit, samples: int = 10, seed: int = 
     return _framed(frame, bench, samples=samples, seed=seed)
 
 
+@recorded
 def minimality(bench: Bench, circuit: Circuit, samples: int = 0, seed: int = 0) -> pd.DataFrame:
     """What each edge is good for: writer, reader, value = the largest |change of f| when it is taken out.
 
@@ -369,6 +375,7 @@ def _framed(frame: pd.DataFrame, bench: Bench, **settings: Any) -> pd.DataFrame:
     return frame
 
 
+@recorded
 def reuse(tables: dict[str, pd.DataFrame], k: int) -> pd.DataFrame:
     """How many of the k largest nodes two tasks share, for every two of the given tables of `patch` or `attribute`.
 

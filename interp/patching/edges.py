@@ -25,6 +25,7 @@ from torch import Tensor
 
 from interp import edits
 from interp.activations import Tokens
+from interp.calls import recorded
 from interp.metrics import Metric
 from interp.patching import wiring
 from interp.patching.graph import Graph, Level, Reader, mask_of
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 EdgeMethod = Literal["eap", "eap-ig", "exact"]
 
 
+@recorded
 def attribute_edges(
     m: Model,
     clean: Any,

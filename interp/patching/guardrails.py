@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from interp import metrics
+from interp.calls import recorded
 from interp.patching.graph import output_maps
 from interp.patching.nodes import Node, Nodes
 from interp.patching.pairs import Pairs
@@ -62,6 +63,7 @@ class Subspace:
         return self.name
 
 
+@recorded
 def subspace_patch(
     m: Model,
     clean: Any,
@@ -169,6 +171,7 @@ def _normalised(part: Tensor) -> Tensor | None:
     return part / size if size > 1e-6 else None
 
 
+@recorded
 def both(
     m: Model,
     clean: Any,
@@ -240,6 +243,7 @@ def cautions(m: Model, pairs: Pairs, metric: Any, *, warn: bool = True) -> list[
     return found
 
 
+@recorded
 def surprise(m: Model, pairs: Pairs) -> pd.DataFrame:
     """Mean loss (nats per token) of clean and corrupt prompts: columns pair, clean, corrupt."""
     import pandas as pd

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from interp.activations import Tokens
+from interp.calls import recorded
 from interp.metrics import Metric, last_logits
 from interp.model import Model
 from interp.tokens import Text
@@ -76,6 +77,7 @@ class Pairs:
             return self.noised_at
         return (self.clean.ids != self.corrupt.ids) & self.clean.mask
 
+    @recorded
     def frame(self) -> pd.DataFrame:
         """The alignment: one line per token with columns pair, position, clean, corrupt (texts) and differs."""
         import pandas as pd
@@ -94,6 +96,7 @@ class Pairs:
         """One pair as two rows of tokens, the differing ones marked."""
         return aligned(self.pieces[0][pair], self.pieces[1][pair])
 
+    @recorded
     def metric(self, name: MetricName = "logit_diff", reference: Tensor | None = None) -> Metric:
         """The metric that these pairs are made for, read at each row's last token.
 

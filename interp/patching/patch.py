@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.interrupted import handed_on
 from interp.patching.nodes import Node, Nodes, expand, frame
 from interp.patching.runs import Patcher
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 DRAWS, CONFIDENCE = 2000, 0.95
 
 
+@recorded
 def patch(
     m: Model,
     clean: Any,

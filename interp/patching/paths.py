@@ -21,6 +21,7 @@ from torch import Tensor
 
 from interp import edits
 from interp.activations import Activations
+from interp.calls import recorded
 from interp.edits import Edit, Where
 from interp.patching.edges import logits_of
 from interp.patching.task import Direction, PatchError, Task, evaluate, telling, without_flash
@@ -35,6 +36,7 @@ SENDERS = ("embed", "resid_pre", "z", "attn_out", "mlp_out")
 RECEIVERS = ("q", "k", "v", "z", "mlp_out", "resid_post")
 
 
+@recorded
 def path_patch(
     m: Model,
     clean: Any,

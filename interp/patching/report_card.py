@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.hooks import resume
 from interp.patching.attribute import METHODS, Attribution
 from interp.patching.nodes import Node, Nodes, expand
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 DRAWS, CONFIDENCE = 400, 0.95
 
 
+@recorded
 def report_card(
     m: Model,
     clean: Any,

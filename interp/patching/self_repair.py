@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from interp.calls import recorded
 from interp.patching.nodes import Nodes, expand
 from interp.patching.patch import table
 from interp.patching.runs import Patcher
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from interp.model import Model
 
 
+@recorded
 def conditional(
     m: Model,
     clean: Any,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from interp.calls import recorded
 from interp.patching.guardrails import cautions
 from interp.patching.nodes import Nodes
 from interp.patching.pairs import MetricName, Pairs
@@ -24,6 +25,7 @@ CORRUPTIONS = ("token replacement", "gaussian noise")
 METRICS: tuple[MetricName, ...] = ("logit_diff", "probability", "kl")
 
 
+@recorded
 def sweep(
     m: Model,
     pairs: Pairs,
@@ -80,6 +82,7 @@ def sweep(
     return out
 
 
+@recorded
 def disagreement(frame: pd.DataFrame, matters: float = 0.1) -> pd.DataFrame:
     """The nodes on which a sweep's metrics disagree, a column of shares per corruption and metric.
 

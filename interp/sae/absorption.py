@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.progress import bar
 from interp.sae.autoencoder import SAE
 from interp.sae.dark import halves
@@ -66,6 +67,7 @@ def first_letters(
     return torch.cat(rows), {a: torch.tensor([b == a for b in letters]) for a in sorted(set(letters))}
 
 
+@recorded
 @torch.no_grad()
 def absorption(
     s: SAE, x: Tensor, labels: Mapping[str, Tensor], *, resamples: int = 1000, seed: int = 0

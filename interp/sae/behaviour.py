@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.sae.autoencoder import SAE
 from interp.sae.latents import _batches, _nats
 
@@ -54,6 +55,7 @@ def choose(
     return [int(i) for i in score.topk(top).indices]
 
 
+@recorded
 def steer(
     m: Model,
     s: SAE,

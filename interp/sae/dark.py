@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.sae.autoencoder import SAE
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def halves(n: int, seed: int = 0, documents: Tensor | None = None) -> tuple[Tens
     return fit.nonzero().squeeze(1), (~fit).nonzero().squeeze(1)
 
 
+@recorded
 def dark_matter(
     x: Tensor,
     reconstruction: Tensor | SAE,
@@ -154,6 +156,7 @@ class _Inserted:
         return (made + linear).to(h.dtype) if self.part == "+ linear" else (h - linear).to(h.dtype)
 
 
+@recorded
 def loss_of_parts(
     s: SAE, model: Model, fit_texts: Sequence[Any], texts: Sequence[Any], *, context: int = 128, run: int = 8
 ) -> pd.DataFrame:

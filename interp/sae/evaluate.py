@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.progress import bar
 from interp.sae.autoencoder import SAE
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _ROWS = 4096  # tokens encoded together
 
 
+@recorded
 def evaluate(
     s: SAE,
     model: Model | None = None,
@@ -237,6 +239,7 @@ def _table(sums: dict[str, Tensor], resamples: int, seed: int) -> list[dict[str,
 
 
 # -- several SAEs ----------------------------------------------------------------------------------------------
+@recorded
 def pareto(saes: Mapping[str, SAE], model: Model | None = None, texts: Sequence[Any] | None = None,
            **options: Any) -> pd.DataFrame:  # fmt: skip
     """One line per SAE and metric: the columns of `evaluate`, ``name``, and ``best`` where no

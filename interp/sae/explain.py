@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.sae.autoencoder import SAE
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def of_expert(m: Model, layer: int, expert: int, *, run: int = 32) -> Module:
 
 
 # -- latents, labelled and held to it --------------------------------------------------------------------------
+@recorded
 def label(
     m: Model, s: SAE, latents: Sequence[int], fit: Sequence[str], held_out: Sequence[str], *,
     backend: Backend = shared_words, limit: int = 5000, seed: int = 0,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from interp.bridges import sae_lens as bridge
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.sae.autoencoder import SAE
 from interp.sites import SiteError
 from interp.zoo.load import trained_dir
@@ -123,6 +124,7 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in trained_dir().glob(f"*/{bridge.CONFIG}"))
 
 
+@recorded
 def load(dir: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> SAE:
     """The SAE in a directory that `save` or SAELens has written, or one that comes with the project, by name.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.sae.autoencoder import SAE
 from interp.sae.kernels import Support
 
@@ -52,6 +53,7 @@ def _pieces(m: Model, ids: Tensor) -> list[str]:
     return [m.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids.tolist()]
 
 
+@recorded
 def contexts(
     m: Model, s: SAE, texts: Sequence[Any], latents: Sequence[int], *, top: int = 10, around: int = 8,
     context: int = 128, run: int = 8,
@@ -92,6 +94,7 @@ def contexts(
     return pd.DataFrame(rows, columns=columns)
 
 
+@recorded
 def logit_effects(m: Model, s: SAE, latents: Sequence[int], *, top: int = 10) -> pd.DataFrame:
     """The tokens whose logits a latent's direction raises and lowers most: latent, rank, sign, token, value.
 
@@ -123,6 +126,7 @@ def logit_effects(m: Model, s: SAE, latents: Sequence[int], *, top: int = 10) ->
     return pd.DataFrame(rows)
 
 
+@recorded
 def statistics(
     m: Model, s: SAE, texts: Sequence[Any], *, latents: Sequence[int] | None = None, partners: int = 3,
     context: int = 128, run: int = 8,
@@ -168,6 +172,7 @@ def statistics(
     return frame
 
 
+@recorded
 def ablation_effects(
     m: Model, s: SAE, texts: Sequence[Any], latents: Sequence[int], *, controls: int = 5, context: int = 128,
     run: int = 8, seed: int = 0,

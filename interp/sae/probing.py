@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.sae.autoencoder import SAE
 from interp.sae.dark import halves
 
@@ -41,6 +42,7 @@ def pooled(s: SAE, m: Model, texts: Sequence[Any], *, context: int = 128, run: i
     return torch.cat(codes), torch.cat(raw)
 
 
+@recorded
 def probe(
     s: SAE, m: Model, texts: Mapping[str, Sequence[Any]], *, ks: Sequence[int] = (1, 2, 5), resamples: int = 1000,
     context: int = 128, run: int = 8, seed: int = 0,
@@ -104,6 +106,7 @@ def _balanced(right: Tensor, truth: Tensor, resamples: int, draw: torch.Generato
     return value, low, high
 
 
+@recorded
 def stability(saes: Sequence[SAE], *, same: float = 0.7) -> pd.DataFrame:
     """How much of one dictionary is in another: first, second, metric, value, baseline.
 

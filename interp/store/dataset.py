@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.calls import recorded
 from interp.sites import Site, SiteError
 from interp.store.errors import Corrupt, NotADataset, StoreError
 from interp.store.experts import ExpertRows
@@ -62,19 +63,35 @@ class ActivationDataset:
                 self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_bytes())
                 parts = self.manifest["parts"]
             except (ValueError, KeyError) as error:
-                raise Corrupt(f"{self.path / 'manifest.json'}: damaged ({error}); store.repair(dir) drops it, then "
-                              "store.write makes it again from the records") from error
+                raise Corrupt(
+                    f"{self.path / 'manifest.json'}: damaged ({error}); store.repair(dir) drops it, then "
+                    "store.write makes it again from the records"
+                ) from error
         else:
             records = read_records(self.path)
             if not partial or not records:
                 so_far = ", or store.open(dir, partial=True)" if records else ""
-                raise NotADataset(f"dir={str(dir)!r} holds an unfinished dataset ({len(records)} ranges are done): run "
-                                  f"store.write with the same arguments to resume it{so_far}")
+                raise NotADataset(
+                    f"dir={str(dir)!r} holds an unfinished dataset ({len(records)} ranges are done): run "
+                    f"store.write with the same arguments to resume it{so_far}"
+                )
             self.manifest = assemble(self.plan, records)
             parts = self.manifest["parts"]
         self._starts: list[int] = [0, *accumulate(p["rows"] for p in parts)][:-1]
         self.starts = torch.tensor(self._starts)
         self._open: dict[str, dict[str, Tensor]] = {}
+
+    def recipe(self) -> dict[str, str]:
+        """Where it lies and what it holds, for `from_recipe`."""
+        return {"path": str(self.path), "content_sha256": self.content_sha256}
+
+    @classmethod
+    def from_recipe(cls, data: dict[str, str]) -> ActivationDataset:
+        """The dataset at that path. StoreError where it holds something else by now."""
+        found = cls(data["path"])
+        if found.content_sha256 != data["content_sha256"]:
+            raise StoreError(f"{data['path']}: another dataset than the one recorded ({data['content_sha256'][:12]})")
+        return found
 
     # -- what it is --------------------------------------------------------------------------------------------
     @property
@@ -118,8 +135,10 @@ class ActivationDataset:
         """The rows of a site as a lazy array."""
         found = self.site(site)
         if self.manifest["sites"][str(found)]["layout"] == "experts":
-            raise SiteError(f"{found} is a table sorted by expert; read ds.expert({found.layer}, e) for one expert, "
-                            f"ds.routing({found.layer}) for the chosen experts of every token")
+            raise SiteError(
+                f"{found} is a table sorted by expert; read ds.expert({found.layer}, e) for one expert, "
+                f"ds.routing({found.layer}) for the chosen experts of every token"
+            )
         return SiteRows(self, found)
 
     def statistics(self, site: str | Site) -> Statistics:
@@ -157,8 +176,10 @@ class ActivationDataset:
             return self.tokens(columns, start=0, stop=1).slice(0, 0)
         return pa.concat_tables(pieces, promote_options="default")
 
-    def frame(self, sites: str | Site | Sequence[str | Site] = (), *, start: int = 0,
-              limit: int | None = None) -> pd.DataFrame:
+    @recorded
+    def frame(
+        self, sites: str | Site | Sequence[str | Site] = (), *, start: int = 0, limit: int | None = None
+    ) -> pd.DataFrame:
         """The tokens as a DataFrame, one line per row; with `sites`, each row's values as a float32 array too.
 
         With sites a `limit` is needed, since a table of arrays takes far more memory than the dataset does on disk.
@@ -176,9 +197,17 @@ class ActivationDataset:
 
     # -- batches -----------------------------------------------------------------------------------------------
     def batches(
-        self, sites: str | Site | Sequence[str | Site], batch_size: int, *, shuffle: bool = True,
-        seed: int | None = None, epochs: int = 1, where: Tensor | None = None, dtype: torch.dtype | None = None,
-        drop_last: bool = False, start: int = 0,
+        self,
+        sites: str | Site | Sequence[str | Site],
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int | None = None,
+        epochs: int = 1,
+        where: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        drop_last: bool = False,
+        start: int = 0,
     ) -> Iterator[Any]:
         """Batches of rows, each row once per epoch, in one random order over all shards.
 
@@ -198,8 +227,9 @@ class ActivationDataset:
         if batch_size < 1 or epochs < 0:
             raise StoreError(f"batch_size={batch_size}, epochs={epochs}: expected at least 1 and at least 0")
         if where is not None and (where.dtype != torch.bool or tuple(where.shape) != (self.n_rows,)):
-            raise StoreError(f"where: expected {self.n_rows} truth values, one per row, "
-                             f"got {where.dtype} {list(where.shape)}")
+            raise StoreError(
+                f"where: expected {self.n_rows} truth values, one per row, got {where.dtype} {list(where.shape)}"
+            )
         single = isinstance(sites, str | Site)
         names = [sites] if isinstance(sites, str | Site) else list(sites)
         columns = {str(self.site(name)): self[name] for name in names}
@@ -207,8 +237,9 @@ class ActivationDataset:
         orders = self._orders(batch_size, shuffle, seed, epochs, where, drop_last, start)
         return self._batches(columns, single, batch_size, orders, dtype)
 
-    def _orders(self, batch_size: int, shuffle: bool, seed: int, epochs: int, where: Tensor | None, drop_last: bool,
-                start: int) -> Iterator[Tensor]:
+    def _orders(
+        self, batch_size: int, shuffle: bool, seed: int, epochs: int, where: Tensor | None, drop_last: bool, start: int
+    ) -> Iterator[Tensor]:
         """Row numbers of several batches at a time, so that the disk is read in its own order."""
         for epoch in range(epochs):
             rows = torch.arange(self.n_rows) if where is None else where.nonzero().flatten()
@@ -224,8 +255,9 @@ class ActivationDataset:
             yield from rows.split(max(1, _GATHER_ROWS // batch_size) * batch_size)
 
     @staticmethod
-    def _batches(columns: dict[str, SiteRows], single: bool, batch_size: int, orders: Iterator[Tensor],
-                 dtype: torch.dtype | None) -> Iterator[Any]:
+    def _batches(
+        columns: dict[str, SiteRows], single: bool, batch_size: int, orders: Iterator[Tensor], dtype: torch.dtype | None
+    ) -> Iterator[Any]:
         for rows in orders:
             got = {name: column.gather(rows) for name, column in columns.items()}
             for a in range(0, len(rows), batch_size):
@@ -315,5 +347,7 @@ class ActivationDataset:
 
     def __repr__(self) -> str:
         size = self.manifest["bytes"] / 2**20
-        return (f"ActivationDataset({str(self.path)!r}: {self.n_rows} tokens of {self.manifest['documents']} "
-                f"documents, {len(self.sites)} sites, {size:.1f} MiB{'' if self.complete else ', unfinished'})")
+        return (
+            f"ActivationDataset({str(self.path)!r}: {self.n_rows} tokens of {self.manifest['documents']} "
+            f"documents, {len(self.sites)} sites, {size:.1f} MiB{'' if self.complete else ', unfinished'})"
+        )
