@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.sae.autoencoder import SAE
 from interp.sae.dark import halves
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@recorded
 @torch.no_grad()
 def isolation(
     s: SAE,
@@ -114,9 +116,7 @@ def _telling(z: Tensor, code: Tensor) -> Tensor:
     return (means.var(0) / z.var(0).clamp_min(1e-12)).argsort(descending=True)
 
 
-def _pairs(
-    code: Tensor, others: list[Tensor], rows: Tensor, n: int, draw: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _pairs(code: Tensor, others: list[Tensor], rows: Tensor, n: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Up to n (base, source) among `rows` that differ in this attribute and in all others [pair]."""
     a, b = (rows[torch.randint(len(rows), (20 * n,), generator=draw)] for _ in range(2))
     differ = torch.stack([values[a] != values[b] for values in (code, *others)]).all(0)
