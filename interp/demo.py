@@ -86,8 +86,7 @@ def run(out: Path, say: Say = lambda message: None) -> Tour:
     figures = [plots.save(plots.overview(residual, attention, load, title), out / "overview.html")]
     removed = resection(say)
     if removed is not None:
-        title = "monet-mini: each domain's experts switched off in turn"
-        figures.append(plots.save(plots.domain_matrix(removed, title), out / "resection.html"))
+        figures.append(plots.save(plots.domain_matrix(removed), out / "resection.html"))
     models = [{"name": m.name, **m.card, "fingerprint": m.fingerprint} for m in (dense, moe)]
     return Tour(models, residual, attention, load, datasets, removed, figures, time.perf_counter() - start)
 

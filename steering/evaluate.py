@@ -74,6 +74,34 @@ def summarise(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     return out
 
 
+def finding(table: pd.DataFrame) -> str:
+    """One sentence of what a table of `evaluate` found: how far the vector steers, and whether random ones do too."""
+    own = table[table["baseline"] == "none"].set_index("multiplier")["value"].sort_index()
+    control = next((str(b) for b in table["baseline"].unique() if str(b).startswith("random")), "random")
+    about, said = table.attrs, verdict(table.replace({"baseline": {control: "random"}}))
+    others = "random vectors" if control == "random" else control
+    sites = about.get("sites") or []
+    place = sites[0] if len(sites) == 1 else f"{len(sites)} sites"
+    who = f"{about['method']} at {place} of {about['model']}" if sites else "the vector"
+    low, high = own.index[0], own.index[-1]
+    moved = f"{own.iloc[-1] - own.iloc[0]:+.2f} nats per token from multiplier {low:g} to {high:g}"
+    strong = [k for k in own.index if k]
+    if said["leaves"] is None:
+        beside = f"not set beside {others}"
+    elif not said["leaves"] and not said["wrong"]:
+        beside = f"within the middle 95 % of {others}"
+    else:
+        at = "at every strength" if said["leaves"] == strong else f"at {_listed(said['leaves'])}"
+        parts = [f"as meant {at}"] if said["leaves"] else []
+        parts += [f"the wrong way at {_listed(said['wrong'])}"] if said["wrong"] else []
+        beside = f"outside the middle 95 % of {others}, {', '.join(parts)}"
+    return f"{who}: {moved}; {beside}"
+
+
+def _listed(multipliers: Sequence[float]) -> str:
+    return ", ".join(f"{k:+g}" for k in multipliers)
+
+
 def verdict(table: pd.DataFrame) -> dict[str, Any]:
     """What a table of `evaluate` says, in the words of the reports.
 

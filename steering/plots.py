@@ -6,6 +6,7 @@ import html
 from typing import TYPE_CHECKING, Any
 
 from interp.plots.style import DIVERGING, OKABE_ITO, finish
+from steering.evaluate import finding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,12 +21,12 @@ STYLES = {
 }
 
 
-def dose_response(table: pd.DataFrame, title: str, unit: str = "nats per token") -> go.Figure:
+def dose_response(table: pd.DataFrame, title: str = "", unit: str = "nats per token") -> go.Figure:
     """Propensity over multipliers with bands: the vector, and everything it must be set against.
 
     Args:
         table: from `steering.evaluate`.
-        title: of the figure; escaped here.
+        title: of the figure; escaped here. By default it says how far the vector steers, and whether random ones do.
         unit: of the value axis.
     """
     import plotly.graph_objects as go
@@ -35,10 +36,10 @@ def dose_response(table: pd.DataFrame, title: str, unit: str = "nats per token")
         _line(figure, table[table["baseline"] == name], name, number)
     figure.update_xaxes(title_text="multiplier", tickvals=sorted(set(table["multiplier"])), zeroline=False)
     figure.update_yaxes(title_text=f"log P(with) - log P(without)<br>{html.escape(unit)}")
-    return _finish(figure, title, 520)
+    return _finish(figure, title or finding(table), 520)
 
 
-def overview(table: pd.DataFrame, title: str) -> go.Figure:
+def overview(table: pd.DataFrame, title: str = "") -> go.Figure:
     """Three panels of a report's table: on target with bands, damage to neutral text, and off-target behaviours."""
     from plotly.subplots import make_subplots
 
@@ -62,10 +63,10 @@ def overview(table: pd.DataFrame, title: str) -> go.Figure:
     )[: len(panels)]:
         figure.update_xaxes(title_text="multiplier", tickvals=ticks, zeroline=False, row=1, col=col)
         figure.update_yaxes(title_text=text, row=1, col=col)
-    return _finish(figure, title, 500)
+    return _finish(figure, title or finding(dose), 500)
 
 
-def layers(table: pd.DataFrame, title: str) -> go.Figure:
+def layers(table: pd.DataFrame, title: str = "") -> go.Figure:
     """Layer x multiplier map of the change of propensity from the unsteered model; from `steering.sweep`."""
     import plotly.graph_objects as go
 
@@ -83,7 +84,9 @@ def layers(table: pd.DataFrame, title: str) -> go.Figure:
     )  # fmt: skip
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(title_text="multiplier")
-    return _finish(figure, title, 420)
+    k, layer = grid.abs().stack().idxmax()
+    found = f"layer {layer} at {k:+g} changes the propensity most, by {grid.loc[k, layer]:+.2f} nats per token"
+    return _finish(figure, title or found, 420)
 
 
 def _controls_first(table: pd.DataFrame) -> list[str]:

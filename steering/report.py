@@ -67,7 +67,7 @@ class Report:
             )
         from steering import plots
 
-        figure = plots.overview(self.table, f"{self.about['method']} on {self.about['model']}")
+        figure = plots.overview(self.table)
         drawn = figure.to_html(
             full_html=False, include_plotlyjs=True, config={"displaylogo": False, "responsive": True}
         )

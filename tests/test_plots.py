@@ -199,9 +199,76 @@ def test_ticks_of_a_log_axis_are_written_out() -> None:
 
 
 def test_a_frontiers_figure_is_of_the_one_template() -> None:
-    from interp import sae
 
     table = saes().assign(best=[True] * 6)
-    figure = sae.pareto_figure(table.replace({"metric": {"ce_recovered": "fvu"}}))
+    figure = plots.pareto(table.replace({"metric": {"ce_recovered": "fvu"}}))
     assert figure.layout.title.text.startswith("&lt;b&gt;x&lt;/b&gt; leaves least unexplained: 60%")
     assert figure.layout.template.layout.colorway == plots.OKABE_ITO
+
+
+def removal_table(own: float, other: float, random: float) -> pd.DataFrame:
+    rows = [
+        {"removed": gone, "label": label, "metric": "loss", "baseline": "none", "units": 3,
+         "value": own if gone == label else other, "low": own - 0.1, "high": own + 0.1}
+        for gone in ("law", "code") for label in ("law", "code")
+    ]  # fmt: skip
+    rows += [{"removed": gone, "label": gone, "metric": "loss", "baseline": "random", "units": 3, "value": random / 2,
+              "low": 0.0, "high": random} for gone in ("law", "code")]  # fmt: skip
+    table = pd.DataFrame(rows)
+    table.attrs["model"] = "m<1>"
+    return table
+
+
+def titled(figure: Any) -> str:
+    return str(figure.layout.title.text).replace("<br>", " ").replace("&#x27;", "'")
+
+
+def test_titles_say_what_removal_found() -> None:
+    shown = titled(plots.domain_matrix(removal_table(0.5, 0.02, 0.1)))
+    assert shown == (
+        "m&lt;1&gt;: each label's loss, without its experts, changes by +0.50 nats, that of other text by 0.020; "
+        "beyond random experts for 2 of 2"
+    )
+    assert "beyond random experts for 0 of 2" in titled(plots.domain_matrix(removal_table(0.5, 0.02, 0.6)))
+    one = removal_table(0.5, 0.02, 0.1).query("removed == 'law'")
+    assert "without the experts of law, its loss changes by +0.50" in titled(plots.domain_matrix(one))
+    assert "more than by random experts" in titled(plots.domain_matrix(one))
+    both = one.assign(removed="law + code")
+    assert "changes by +0.26" in titled(plots.domain_matrix(both))  # the mean of 0.5 and 0.02
+    assert titled(plots.domain_matrix(one, "mine")) == "mine"
+
+
+def test_titles_say_how_deep_a_frontier_goes() -> None:
+    rows = [{"method": "routed, skew", "ratio": r, "share_of_all": 0.1, "damage": d, "spill": s, "selectivity": d / s}
+            for r, d, s in ((1.5, 0.8, 0.2), (4.0, 0.2, 0.01))]  # fmt: skip
+    assert titled(plots.frontiers(pd.DataFrame(rows))) == (
+        "the deepest cut costs its own text 0.80 nats and other text 0.20; the most selective one 0.20 against 0.010"
+    )
+
+
+@pytest.mark.parametrize(("direction", "value", "said"), [
+    ("denoise", 1.5, "z[2, head=1] at token 1 'cat' gives back 1.50 logits, 75% of the runs' difference"),
+    ("noise", -1.5, "z[2, head=1] at token 1 'cat' takes away 1.50 logits, 75% of the runs' difference"),
+    ("denoise", -1.5, "z[2, head=1] at token 1 'cat' moves -1.50 logits, 75% of the runs' difference"),
+])  # fmt: skip
+def test_titles_name_the_strongest_node(direction: str, value: float, said: str) -> None:
+    table = pd.DataFrame({
+        "node": ["z[0, head=0]", "z[1, head=1]", "z[2, head=1]"], "site": "z", "layer": [0, 1, 2], "head": [0, 1, 1],
+        "position": 1, "value": [0.1, value * 0.6, value], "metric": "logit_diff", "method": "exact",
+        "direction": direction,
+    })  # fmt: skip
+    table.attrs["baseline"] = {"clean": 1.0, "corrupt": -1.0}
+    shown = titled(plots.heat_maps(table, tokens=["the", " cat"]))
+    assert said in shown
+    assert shown.endswith("1 other comes to half of it")
+    assert titled(plots.heat_maps(table.assign(method="atp*"))).endswith("(estimated by atp*)")
+
+
+def test_titles_say_where_a_stream_carries_it() -> None:
+    effect = {(0, 1): 2.0, (1, 1): 1.5, (2, 1): 0.1, (0, 3): 0.0, (1, 3): 0.2, (2, 3): 1.9}
+    table = pd.DataFrame([{"node": f"resid_post[{layer}]", "site": "resid_post", "layer": layer, "position": p,
+                           "value": v, "metric": "logit_diff", "method": "exact", "direction": "denoise"}
+                          for (layer, p), v in effect.items()])  # fmt: skip
+    assert titled(plots.heat_maps(table, tokens=["The", " cat", " sat", " on"])) == (
+        "resid_post gives back most at token 1 'cat' in layers 0 to 1, then token 3 'on' in layer 2"
+    )

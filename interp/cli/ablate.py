@@ -161,8 +161,7 @@ def _write(model: Any, chosen: Any, table: pd.DataFrame, out: Path, report: bool
     own = table[table["baseline"] == "none"]
     files = {"checkpoint": str(experts.resect(model, chosen, out, evaluation=own))}
     if report:
-        title = f"{model.name} without {table['removed'].iloc[0]}: {len(chosen):,} units off"
-        files["figure"] = str(plots.save(plots.domain_matrix(table, title), out / "report.html"))
+        files["figure"] = str(plots.save(plots.domain_matrix(table), out / "report.html"))
         files["table"] = keep(table, out / "table.parquet")
     return files
 

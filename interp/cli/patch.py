@@ -99,7 +99,7 @@ def command(
             opened, made, None, measure, table, threshold=threshold, budget=passes, seed=seed
         )
     table["token"] = _tokens(table, made)
-    files = _write(table, made, opened.name, out) if out is not None else {}
+    files = _write(table, made, out) if out is not None else {}
     best = table.loc[table["value"].abs().sort_values(ascending=False, kind="stable").index].head(top)
     if as_json:
         emit({
@@ -161,12 +161,11 @@ def _tokens(table: pd.DataFrame, made: Pairs) -> list[str]:
     return [text(p) for p in table["position"]]
 
 
-def _write(table: pd.DataFrame, made: Pairs, model: str, out: Path) -> dict[str, str]:
+def _write(table: pd.DataFrame, made: Pairs, out: Path) -> dict[str, str]:
     from interp import plots
     from interp.patching import guardrails
 
-    title = f"{model}, {made.name}: {table.attrs['method']}, {table.attrs['direction']}, {len(made)} pair(s)"
-    figure = plots.heat_maps(table, title, made.pieces[0][0])
+    figure = plots.heat_maps(table, tokens=made.pieces[0][0])
     table.attrs["remake"] = remake()
     return {
         "figure": str(plots.save(figure, out / "patch.html")),

@@ -70,7 +70,7 @@ def command(
             _show_descriptions(table)
         return
     found = studies.study(opened, group, kind=kind, controls=controls, damage=damage, seed=seed, say=say, **tokens)
-    files = _write(opened, group, found, out) if out is not None else {}
+    files = _write(found, out) if out is not None else {}
     if as_json:
         emit({
             "model": opened.name, "group": group, "rule": found.rule, "settings": found.settings, "files": files,
@@ -86,16 +86,15 @@ def command(
         stdout().print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _write(model: Any, group: str, found: Any, out: Path) -> dict[str, str]:
+def _write(found: Any, out: Path) -> dict[str, str]:
     from interp import plots
 
     for name, table in found.tables.items():
         keep(table, out / f"{name}.parquet")
     found.stats.save(out / "routing.safetensors")
-    title = f"{model.name}, each {group} removed ({found.rule} {found.settings})"
     figures = {
-        "matrix": plots.domain_matrix(found.tables["best"], title),
-        "frontier": plots.frontiers(found.tables["frontier"], f"{model.name}: damage against spill (validation)"),
+        "matrix": plots.domain_matrix(found.tables["best"]),
+        "frontier": plots.frontiers(found.tables["frontier"]),
     }
     files = {name: str(plots.save(figure, out / f"{name}.html")) for name, figure in figures.items()}
     return {"tables": str(out), **files}

@@ -125,6 +125,33 @@ def sae_frontier(table: pd.DataFrame, title: str, metric: str = "ce_recovered") 
     return finish(figure, title)
 
 
+def pareto(table: pd.DataFrame, title: str = "") -> go.Figure:
+    """SAEs by variance unexplained (FVU) against latents per token (L0); those that none beats in both are joined.
+
+    Args:
+        table: from `sae.pareto`, one line per SAE and metric.
+        title: of the figure; escaped here. By default it names the SAE that leaves least unexplained.
+    """
+    import plotly.graph_objects as go
+
+    wide = table.pivot_table(index="name", columns="metric", values="value").sort_values("l0")
+    best = table.drop_duplicates("name").set_index("name").best
+    front = wide[[bool(best[name]) for name in wide.index]]
+    figure = go.Figure(
+        go.Scatter(x=wide.l0, y=wide.fvu, mode="markers+text", text=[escaped(name) for name in wide.index], name="SAEs",
+                   textposition=sides(wide.l0, "top right", "bottom left"),
+                   marker={"size": 10, "color": OKABE_ITO[1]}, cliponaxis=False)
+    )  # fmt: skip
+    dashed = {"color": OKABE_ITO[0], "dash": "dash"}
+    figure.add_scatter(x=front.l0, y=front.fvu, mode="lines", hoverinfo="skip", line=dashed,
+                       name="no other SAE is better in both")  # fmt: skip
+    figure.update_xaxes(title_text="latents per token (L0)")
+    figure.update_yaxes(title_text="variance unexplained (FVU, share)", rangemode="tozero")
+    least = str(wide.fvu.idxmin())
+    found = f"{wide.fvu[least]:.0%} of the variance, with {wide.l0[least]:.0f} latents a token"
+    return finish(figure, title or f"{least} leaves least unexplained: {found}")
+
+
 def distributions(
     table: pd.DataFrame, title: str, value: str = "value", by: str = "label", unit: str = "", bins: int = 60
 ) -> go.Figure:  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp.plots import found
 from interp.plots.style import DIVERGING, OKABE_ITO, escaped, finish
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 UNITS = {"logit_diff": "logit_diff<br>(logits)", "log_prob": "log_prob<br>(nats)", "kl": "kl<br>(nats)"}
 
 
-def heat_maps(table: pd.DataFrame, title: str, tokens: Sequence[str] | None = None) -> go.Figure:
+def heat_maps(table: pd.DataFrame, title: str = "", tokens: Sequence[str] | None = None) -> go.Figure:
     """Effects as heat maps: layer x position, and for heads layer x head.
 
     A cell that stands for several nodes (a head at all positions, a position with all heads) shows the largest by size;
@@ -24,7 +25,7 @@ def heat_maps(table: pd.DataFrame, title: str, tokens: Sequence[str] | None = No
 
     Args:
         table: of `patching.patch` or `attribute`, one kind of site or several (one row of panels each).
-        title: of the figure; escaped here.
+        title: of the figure; escaped here. By default it names the strongest node and its share of the difference.
         tokens: text of each position, for the axis; escaped here.
     """
     from plotly.subplots import make_subplots
@@ -46,7 +47,7 @@ def heat_maps(table: pd.DataFrame, title: str, tokens: Sequence[str] | None = No
             if axis == "position" and tokens is not None:
                 figure.update_xaxes(tickangle=-60, tickfont_size=10, row=row, col=column)
     figure.update_layout(margin_b=110)
-    return finish(figure, title, 110 + 430 * len(sites), top=100)
+    return finish(figure, title or found.patching(table, tokens), 110 + 430 * len(sites), top=100)
 
 
 def _axes(part: pd.DataFrame) -> list[str]:

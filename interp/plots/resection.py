@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from interp.plots import found
 from interp.plots.style import DIVERGING, OKABE_ITO, escaped, finish, log_ticks
 
 if TYPE_CHECKING:
@@ -11,12 +12,13 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-def domain_matrix(table: pd.DataFrame, title: str, metric: str = "loss") -> go.Figure:
+def domain_matrix(table: pd.DataFrame, title: str = "", metric: str = "loss") -> go.Figure:
     """Removed label x label heat map of the change of `metric`, and beside it each removed label against its controls.
 
     Args:
         table: from `experts.remove_each`, or `experts.evaluate` with a column `removed`.
-        title: of the figure; escaped here.
+        title: of the figure; escaped here. By default it says what the labels lose, by random experts
+            too.
         metric: loss (nats), perplexity or accuracy.
     """
     import plotly.graph_objects as go
@@ -24,11 +26,12 @@ def domain_matrix(table: pd.DataFrame, title: str, metric: str = "loss") -> go.F
 
     own = table[(table["metric"] == metric) & (table["baseline"] == "none")]
     rows = list(dict.fromkeys(own["removed"]))
-    columns = [*rows, *(label for label in dict.fromkeys(own["label"]) if label not in rows)]
+    labels = list(dict.fromkeys(own["label"]))
+    columns = [*(row for row in rows if row in labels), *(label for label in labels if label not in rows)]
     grid = own.pivot(index="removed", columns="label", values="value").loc[rows, columns]
     low = own.pivot(index="removed", columns="label", values="low").loc[rows, columns]
     high = own.pivot(index="removed", columns="label", values="high").loc[rows, columns]
-    names = {label: escaped(label) for label in columns}
+    names = {label: escaped(label) for label in (*rows, *columns)}
     unit = {"loss": "loss (nats)"}.get(metric, metric)
     figure = make_subplots(
         rows=1, cols=2, column_widths=[0.68, 0.32], horizontal_spacing=0.04, shared_yaxes=True,
@@ -68,15 +71,15 @@ def domain_matrix(table: pd.DataFrame, title: str, metric: str = "loss") -> go.F
     # the rows of both panels are the same; their names stand once
     figure.update_layout(legend={"x": 1.0, "xanchor": "right", "yref": "container", "y": 0.02, "yanchor": "bottom"},
                          margin={"b": 130, "l": 110})  # fmt: skip
-    return finish(figure, title, max(420, 230 + 30 * len(rows)), top=100)
+    return finish(figure, title or found.removal(table, metric), max(420, 230 + 30 * len(rows)), top=100)
 
 
-def frontiers(table: pd.DataFrame, title: str, damage: float | None = None) -> go.Figure:
+def frontiers(table: pd.DataFrame, title: str = "", damage: float | None = None) -> go.Figure:
     """Damage against spill of each method, one line per method; upper left is better.
 
     Args:
         table: from `experts.frontier`, several of them one below the other.
-        title: of the figure; escaped here.
+        title: of the figure; escaped here. By default it says how deep the deepest cut goes, and at what cost.
         damage: draws the level at which methods are compared.
     """
     import plotly.graph_objects as go
@@ -101,4 +104,4 @@ def frontiers(table: pd.DataFrame, title: str, damage: float | None = None) -> g
                         **log_ticks(table["spill"]))  # fmt: skip
     figure.update_yaxes(title_text="damage (nats)")
     figure.update_layout(showlegend=True)
-    return finish(figure, title, 480)
+    return finish(figure, title or found.frontier(table), 480)

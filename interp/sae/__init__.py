@@ -20,7 +20,7 @@ from interp.bridges.sae_lens import SAEError
 from interp.sae.absorption import absorption, first_letters
 from interp.sae.autoencoder import ARCHITECTURES, SAE
 from interp.sae.dark import dark_matter
-from interp.sae.evaluate import evaluate, pareto, pareto_figure
+from interp.sae.evaluate import evaluate, pareto
 from interp.sae.files import from_sae_lens, load, names, pretrained, save
 from interp.sae.isolation import isolation
 from interp.sae.settings import DEFAULTS, Settings
@@ -28,6 +28,6 @@ from interp.sae.train import train, train_many
 
 __all__ = [
     "ARCHITECTURES", "DEFAULTS", "SAE", "SAEError", "Settings", "absorption", "dark_matter", "evaluate",
-    "first_letters", "from_sae_lens", "isolation", "load", "names", "pareto", "pareto_figure", "pretrained", "save",
+    "first_letters", "from_sae_lens", "isolation", "load", "names", "pareto", "pretrained", "save",
     "train", "train_many",
 ]  # fmt: skip

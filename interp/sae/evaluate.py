@@ -257,27 +257,3 @@ def pareto(saes: Mapping[str, SAE], model: Model | None = None, texts: Sequence[
     frame["best"] = [not beaten[name] for name in frame["name"]]
     frame.attrs.update(tables[0].attrs)
     return frame
-
-
-def pareto_figure(table: pd.DataFrame) -> Any:
-    """fvu against l0, a point per SAE, from the Table of `pareto`; those that none beats in both are joined."""
-    import plotly.graph_objects as go
-
-    from interp.plots.style import OKABE_ITO, escaped, finish, sides
-
-    wide = table.pivot_table(index="name", columns="metric", values="value").sort_values("l0")
-    best = table.drop_duplicates("name").set_index("name").best
-    front = wide[[bool(best[name]) for name in wide.index]]
-    figure = go.Figure(
-        go.Scatter(x=wide.l0, y=wide.fvu, mode="markers+text", text=[escaped(name) for name in wide.index], name="SAEs",
-                   textposition=sides(wide.l0, "top right", "bottom left"),
-                   marker={"size": 10, "color": OKABE_ITO[1]}, cliponaxis=False)
-    )  # fmt: skip
-    dashed = {"color": OKABE_ITO[0], "dash": "dash"}
-    figure.add_scatter(x=front.l0, y=front.fvu, mode="lines", hoverinfo="skip", line=dashed,
-                       name="no other SAE is better in both")  # fmt: skip
-    figure.update_xaxes(title_text="latents per token (L0)")
-    figure.update_yaxes(title_text="variance unexplained (FVU, share)", rangemode="tozero")
-    least = str(wide.fvu.idxmin())
-    found = f"{wide.fvu[least]:.0%} of the variance, with {wide.l0[least]:.0f} latents a token"
-    return finish(figure, f"{least} leaves least unexplained: {found}")

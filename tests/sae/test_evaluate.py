@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import interp
-from interp import progress, sae
+from interp import plots, progress, sae
 from interp.sae.edits import reconstruction
 
 IDS = torch.randint(0, 100, (12, 9), generator=torch.Generator().manual_seed(0))
@@ -136,7 +136,7 @@ def test_a_pareto_table_and_its_figure() -> None:
     best = table.drop_duplicates("name").set_index("name").best
     assert best["exact <b>"]
     assert best["mean"]
-    figure = sae.pareto_figure(table)
+    figure = plots.pareto(table)
     assert "exact &lt;b&gt;" in figure.data[0].text
 
 

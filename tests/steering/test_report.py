@@ -190,3 +190,24 @@ def test_long_scoring_shows_how_far_it_is(monkeypatch, capfd):
     assert out == ""
     assert "scoring" in err
     assert "48/48" in err  # four pairs of answers, under nothing, the vector both ways and three draws
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ([-1.0, 0.0, 1.0], "outside the middle 95 % of random vectors, as meant at every strength"),
+    ([-0.1, 0.0, 0.1], "within the middle 95 % of random vectors"),
+    ([1.0, 0.0, 1.0], "outside the middle 95 % of random vectors, as meant at +1, the wrong way at -1"),
+])  # fmt: skip
+def test_a_title_says_what_was_found(values: list[float], said: str) -> None:
+    rows = [{"multiplier": k, "baseline": b, "value": v if b == "none" else 0.0, "low": -0.5, "high": 0.5}
+            for k, v in zip((-1, 0, 1), values, strict=True) for b in ("none", "random")]  # fmt: skip
+    table = pd.DataFrame(rows)
+    table.attrs = {"method": "caa", "sites": ["resid_post[3]"], "model": "m"}
+    change = f"{values[2] - values[0]:+.2f} nats per token from multiplier -1 to 1"
+    shown = plots.dose_response(table).layout.title.text.replace("<br>", " ")
+    assert shown == f"caa at resid_post[3] of m: {change}; {said}"
+    other = table.replace({"baseline": {"random": "random experts"}})
+    assert said.replace("random vectors", "random experts") in plots.dose_response(other).layout.title.text.replace(
+        "<br>", " "
+    )
+    alone = table[table["baseline"] == "none"]
+    assert "not set beside random vectors" in plots.dose_response(alone).layout.title.text.replace("<br>", " ")
