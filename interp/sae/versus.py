@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from interp.model import Model
 
 _RIDGE = 1e-3
-_NAMED = 32  # features of each label that `compare` names
 
 
 # -- codes of one kind of feature ------------------------------------------------------------------------------
@@ -122,6 +121,7 @@ def compare(
     l0: int | None = None,
     groups: Sequence[Any] | None = None,
     resamples: int = 200,
+    named: int = 32,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The Table: method, baseline (none | permuted | random), metric, value, low, high.
@@ -146,6 +146,7 @@ def compare(
         l0: features per token for all kinds; by default the smallest mean among them.
         groups: of each document, where several are passages of one text: they stay in one half, and are drawn together.
         resamples: of the bootstrap.
+        named: how many features of each label ``chosen`` has.
         seed: of split, permutation and choice.
     """
     import pandas as pd
@@ -167,17 +168,17 @@ def compare(
         raise SAEError(f"groups: {len(groups)} for {len(labels)} documents; one for each")
     numbers = {name: i for i, name in enumerate(dict.fromkeys(groups if groups is not None else range(len(labels))))}
     owner = torch.tensor([numbers[name] for name in (groups if groups is not None else range(len(labels)))])
-    k = l0 or max(1, int(min(float((z > 0).float().sum(1).mean()) for z in codes.values())))
+    k = l0 or usual_l0(codes)
     fit, score = halves(n, seed, owner[documents])
     mixed = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     rows: list[dict[str, Any]] = []
     chosen: dict[str, dict[str, list[int]]] = {}
     with bar("comparing features", total=3 * len(codes)) as advance:
         for name, z in codes.items():
-            cut = _cut(z, k, fit)
-            for baseline, used in (("none", cut), ("permuted", cut[mixed]), ("random", cut)):
+            few = cut(z, k, fit)
+            for baseline, used in (("none", few), ("permuted", few[mixed]), ("random", few)):
                 found, best = _score(
-                    used, aims, truth, documents, owner, fit, score, len(kinds), baseline, resamples, seed
+                    used, aims, truth, documents, owner, fit, score, len(kinds), baseline, resamples, named, seed
                 )
                 rows += [{"method": name, "baseline": baseline, "metric": metric, "value": v, "low": low, "high": high}
                          for metric, (v, low, high) in found.items()]  # fmt: skip
@@ -190,7 +191,12 @@ def compare(
     return frame
 
 
-def _cut(z: Tensor, k: int, fit: Tensor) -> Tensor:
+def usual_l0(codes: Mapping[str, Tensor]) -> int:
+    """The smallest mean number of features per token among kinds."""
+    return max(1, int(min(float((z > 0).float().sum(1).mean()) for z in codes.values())))
+
+
+def cut(z: Tensor, k: int, fit: Tensor) -> Tensor:
     """Codes with the k largest of each token left, in units of each feature's root mean square where it fires."""
     size = z[fit].double()
     unit = (size.square().sum(0) / (size > 0).sum(0).clamp_min(1)).sqrt().clamp_min(1e-12).float()
@@ -223,7 +229,7 @@ def _auroc(values: Tensor, kind: Tensor, label: int | None = None, n_labels: int
 
 
 def _score(z: Tensor, aims: Mapping[str, Tensor], truth: Tensor, documents: Tensor, owner: Tensor, fit: Tensor,
-           score: Tensor, n_labels: int, baseline: str, resamples: int, seed: int
+           score: Tensor, n_labels: int, baseline: str, resamples: int, named: int, seed: int
            ) -> tuple[dict[str, tuple[float, float, float]], list[list[int]]]:  # fmt: skip
     """({metric: (value, low, high)}, the features that tell each label best, the best first)."""
     nan = float("nan")
@@ -239,7 +245,7 @@ def _score(z: Tensor, aims: Mapping[str, Tensor], truth: Tensor, documents: Tens
         best = alive[torch.randint(len(alive), (n_labels, 1), generator=draw)].tolist()
     else:
         telling = _auroc(first, truth[known], n_labels=n_labels).nan_to_num(0.0)
-        best = telling.argsort(dim=1, descending=True)[:, :_NAMED].tolist()
+        best = telling.argsort(dim=1, descending=True)[:, :named].tolist()
     chosen = [features[0] for features in best]
     picked, kind = second[:, chosen], truth[held]
     together = [(owner[held] == group).nonzero().squeeze(1) for group in owner[held].unique()]
