@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from interp.sae import pursuit
-from interp.sae.kernels import Full, Support, decode, pre_activations
+from interp.sae.kernels import Full, Scratch, Support, decode, pre_activations
 from interp.sae.select import above, batch_top_k, busy, top_k
 from interp.sae.settings import Settings
 from interp.sae.shards import WHOLE, Shard
@@ -41,6 +41,7 @@ class State:
         p, factor: panneal: the exponent, and what keeps the penalty continuous when it changes.
         done: part of the training that lies behind, 0..1.
         part: the latents that this process has; all of them, unless several processes share them.
+        scratch: memory that every step uses again.
     """
 
     silent: Tensor
@@ -50,9 +51,10 @@ class State:
     done: float = 0.0
     steps: int = 0
     part: Shard = WHOLE
+    scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     def scalars(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("silent", "part")}
+        return {k: v for k, v in vars(self).items() if k not in ("silent", "part", "scratch")}
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def centred(w: Weights, x: Tensor, state: State, s: Settings) -> tuple[Tensor, T
     return (x - w["b_dec"].detach(), state.part.centre(w["b_dec"])) if s.shape == "autoencoder" else (x, None)
 
 
-def reconstruct(w: Weights, x: Tensor, values: Tensor, support: Support | Full, part: Shard) -> Tensor:
-    out = part.total(decode(values, w["decoder"], support)) + w["b_dec"]
+def reconstruct(w: Weights, x: Tensor, values: Tensor, support: Support | Full, part: Shard,
+                scratch: Scratch | None = None) -> Tensor:  # fmt: skip
+    out = part.total(decode(values, w["decoder"], support, scratch)) + w["b_dec"]
     return out + x @ w["skip"].T if "skip" in w else out
 
 
@@ -152,42 +155,45 @@ def auxiliary(w: Weights, xc: Tensor, centre: Tensor | None, error: Tensor, stat
 
 # -- the topk family -------------------------------------------------------------------------------------------
 def _kept(w: Weights, x: Tensor, state: State, s: Settings) -> Any:
-    """What topk and batchtopk keep: (centred input, centre, row norms or None, support, values z)."""
+    """What topk and batchtopk keep: (centred input, centre, row norms or None, support, values relu(p) [entry]).
+
+    Where the decoder's norms are free, choices are made by p |d| and the decoder is given p |d| / |d| = p: norms
+    decide, but no gradient goes through them.
+    """
     xc, centre = centred(w, x, state, s)
-    norms = w["decoder"].norm(dim=1) if s.decoder_norm == "free" else None
+    norms = w["decoder"].detach().norm(dim=1) if s.decoder_norm == "free" else None
     encoder, bias = w["encoder"].detach(), w["b_enc"].detach()
     if norms is not None:
-        encoder, bias = encoder * norms.detach()[:, None], bias * norms.detach()
+        scaled = state.scratch("scaled", tuple(encoder.shape), encoder)
+        encoder, bias = torch.mul(encoder, norms[:, None], out=scaled), bias * norms
     assert s.k is not None
     half = s.encode == "bfloat16"
     if s.arch == "topk":
-        support, found = top_k(xc, encoder, bias, int(s.k), half, state.part)
+        support, found = top_k(xc, encoder, bias, int(s.k), half, state.part, state.scratch)
     else:
-        support, found = batch_top_k(xc, encoder, bias, s.k, state.threshold, half, state.part)
+        support, found = batch_top_k(xc, encoder, bias, s.k, state.threshold, half, state.part, state.scratch)
     given = None if half else found  # values are float32: what was found in bfloat16 is computed again
-    if norms is None:
-        return xc, centre, None, support, pre_activations(xc, centre, w["encoder"], w["b_enc"], support, given).relu()
-    here = norms[support.ids]
-    given = None if given is None else given / here.detach()
-    p = pre_activations(xc, centre, w["encoder"], w["b_enc"], support, given)
-    return xc, centre, norms, support, (p * here).relu()
+    if norms is not None and given is not None:
+        given = given / norms[support.ids]
+    p = pre_activations(xc, centre, w["encoder"], w["b_enc"], support, given, state.scratch)
+    return xc, centre, norms, support, p.relu()
 
 
 def _topk(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
-    xc, centre, norms, support, z = _kept(w, x, state, s)
+    xc, centre, norms, support, amounts = _kept(w, x, state, s)
+    z = amounts.detach() if norms is None else amounts.detach() * norms[support.ids]
     if s.arch != "topk":
-        _follow(state, z.detach(), s)
-    amounts = z if norms is None else z / norms[support.ids]
+        _follow(state, z, s)
     total = variance(y)
     if s.arch == "matryoshka":
         outputs = list(_prefixes(w, x, amounts, support, state.part, s))
         output = outputs[-1]
         loss = torch.stack([squared_error(y, part) for part in outputs]).mean() / total
     else:
-        output = reconstruct(w, x, amounts, support, state.part)
+        output = reconstruct(w, x, amounts, support, state.part, state.scratch)
         loss = squared_error(y, output) / total
     revive = auxiliary(w, xc, centre, y - output, state, s, norms) if s.aux else loss.new_zeros(())
-    return Step(loss + s.aux * revive, support, z.detach(), output.detach(), {"aux": float(revive.detach())})
+    return Step(loss + s.aux * revive, support, z, output.detach(), {"aux": float(revive.detach())})
 
 
 def _prefixes(w: Weights, x: Tensor, amounts: Tensor, support: Support, part: Shard, s: Settings) -> Any:

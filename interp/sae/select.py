@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from interp.sae.kernels import Support
+from interp.sae.kernels import Scratch, Support
 from interp.sae.shards import WHOLE, Shard
 
 CHUNK = 1024  # tokens
@@ -22,7 +22,9 @@ _MARGIN = 0.8  # of the expected threshold of a batch: what is above it is looke
 Chosen = tuple[Support, Tensor]
 
 
-def chunks(x: Tensor, encoder: Tensor, bias: Tensor, half: bool = False) -> Iterator[tuple[int, Tensor]]:
+def chunks(
+    x: Tensor, encoder: Tensor, bias: Tensor, half: bool = False, scratch: Scratch | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """(first token, pre-activations [token, d_sae]); the buffer is used again for the next.
 
     With `half` the products are taken in bfloat16.
@@ -32,7 +34,8 @@ def chunks(x: Tensor, encoder: Tensor, bias: Tensor, half: bool = False) -> Iter
         for start in range(0, len(x), CHUNK):
             yield start, (x[start : start + CHUNK].bfloat16() @ short.T).float().add_(bias)
         return
-    buffer = x.new_empty(min(CHUNK, len(x)), len(encoder))
+    shape = (min(CHUNK, len(x)), len(encoder))
+    buffer = x.new_empty(shape) if scratch is None else scratch("p", shape, x)
     for start in range(0, len(x), CHUNK):
         part = x[start : start + CHUNK]
         yield start, torch.addmm(bias, part, encoder.T, out=buffer[: len(part)])
@@ -48,10 +51,11 @@ def _nonzero(mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: int, half: bool = False, part: Shard = WHOLE) -> Chosen:
+def top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: int, half: bool = False, part: Shard = WHOLE,
+          scratch: Scratch | None = None) -> Chosen:  # fmt: skip
     """The k largest pre-activations of each token, and their values, negative ones included."""
     ids, values = [], []
-    for _, p in chunks(x, encoder, bias, half):
+    for _, p in chunks(x, encoder, bias, half, scratch):
         value, place = largest(p, min(k, len(encoder)))
         ids.append(place)
         values.append(value)
@@ -67,13 +71,14 @@ def largest(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and places of the k largest in each row [row, k].
 
     A row's k largest lie in the k groups with the largest maxima (each such group has one entry at least as large as
-    anything in the others), so only those are searched: the maxima take one quick pass.
+    anything in the others), so only those are searched: the maxima take one quick pass, and which of them are the
+    largest is the same question again.
     """
     width = p.shape[1] // _GROUPS
-    if p.shape[1] % _GROUPS or width < 4 * k:
+    if p.shape[1] % _GROUPS or width < 4 * max(1, k):
         top = p.topk(k, dim=1, sorted=False)
         return top.values, top.indices
-    groups = p.view(len(p), _GROUPS, width).amax(1).topk(k, dim=1, sorted=False).indices
+    groups = largest(p.view(len(p), _GROUPS, width).amax(1), k)[1]
     steps = torch.arange(_GROUPS, device=p.device)[:, None] * width
     candidates = (groups[:, None, :] + steps).flatten(1)
     top = p.gather(1, candidates).topk(k, dim=1, sorted=False)
@@ -81,19 +86,27 @@ def largest(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float, half: bool = False) -> Chosen:
+def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float, half: bool = False,
+          scratch: Scratch | None = None) -> Chosen:  # fmt: skip
     """All pre-activations above a threshold (one number, or one per latent [d_sae]), and their values."""
     places, values = [], []
-    for start, p in chunks(x, encoder, bias, half):
-        found = _nonzero(p > threshold)
+    for start, p in chunks(x, encoder, bias, half, scratch):
+        over = p > threshold if scratch is None else _over(p, threshold, scratch)
+        found = _nonzero(over)
         places.append(found + start * len(encoder))
         values.append(p.flatten()[found])
     return Support.flat(torch.cat(places), len(x), len(encoder)), torch.cat(values)
 
 
+def _over(p: Tensor, threshold: Tensor | float, scratch: Scratch) -> Tensor:
+    """p > threshold, in memory that is kept."""
+    out = scratch("over", (CHUNK, p.shape[1]), p, torch.bool)[: len(p)]
+    return torch.gt(p, torch.as_tensor(threshold, device=p.device), out=out)
+
+
 @torch.no_grad()
 def batch_top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: float, guess: float = 0.0, half: bool = False,
-                part: Shard = WHOLE) -> Chosen:  # fmt: skip
+                part: Shard = WHOLE, scratch: Scratch | None = None) -> Chosen:  # fmt: skip
     """The k * tokens largest positive pre-activations of the whole batch (Bussmann et al. 2024, arXiv:2412.06410).
 
     `guess` is what the smallest of them was in recent batches (0: unknown). Only what exceeds a little less is
@@ -104,9 +117,9 @@ def batch_top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: float, guess: float
         p = torch.addmm(bias, x[:64], encoder.T).flatten()
         few = min(int(k * len(x[:64])), len(p) * part.world)
         guess = part.least(p[part.best(p, few)]) or 0.0
-    support, values = above(x, encoder, bias, max(0.0, guess * _MARGIN), half)
+    support, values = above(x, encoder, bias, max(0.0, guess * _MARGIN), half, scratch)
     if part.count(len(values)) < wanted and guess > 0:
-        support, values = above(x, encoder, bias, 0.0, half)
+        support, values = above(x, encoder, bias, 0.0, half, scratch)
     if part.count(len(values)) > wanted:
         kept = part.best(values, wanted)
         support, values = support.where(kept), values[kept]

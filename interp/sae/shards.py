@@ -101,7 +101,7 @@ class Shard:
 
     def norm(self, weights: dict[str, Tensor]) -> Tensor:
         """Norm of all gradients together."""
-        squares = {name: w.grad.square().sum() for name, w in weights.items() if w.grad is not None}
+        squares = {name: torch.linalg.vector_norm(w.grad).square() for name, w in weights.items() if w.grad is not None}
         own = torch.stack([n for name, n in squares.items() if name not in REPLICATED]).sum()
         shared = torch.stack([n for name, n in squares.items() if name in REPLICATED]).sum()
         return (self.total(own) + shared).sqrt()

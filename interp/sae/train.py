@@ -150,6 +150,7 @@ def train_many(
         if part.world > 1 and s.arch == "mp":
             raise SAEError("parallel='latents': matching pursuit chooses one atom after another; use parallel='data'")
         trainers.append(Trainer(s, sites, targets, sample, device, part))
+        trainers[-1].state.scratch = trainers[0].state.scratch  # they step one after the other
     if checkpoint is not None and checkpoints.begun(checkpoint, trainers[0].state.part):
         checkpoints.read(checkpoint, trainers, opened)
     about = _about(opened)

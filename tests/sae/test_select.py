@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from interp.sae import select
-from interp.sae.kernels import Support, bag, decode, sampled, transposed
+from interp.sae.kernels import Scratch, Support, bag, decode, pre_activations, sampled, transposed
 
 
-@pytest.mark.parametrize(("width", "k"), [(40, 4), (512, 16), (512, 1), (513, 5), (64, 64)])
+@pytest.mark.parametrize(("width", "k"), [(40, 4), (512, 16), (512, 1), (513, 5), (64, 64), (0, 0), (8, 0)])
 def test_largest_are_the_largest(width: int, k: int) -> None:
     p = torch.randn(33, width)
     values, places = select.largest(p, k)
@@ -50,6 +50,26 @@ def test_kernels_are_the_dense_products(share: float) -> None:
     assert torch.allclose(transposed(support, values, x), code.T @ x, atol=1e-4)
     assert torch.allclose(sampled(support, x, table), (x @ table.T)[mask], atol=1e-4)
     assert torch.equal(Support.flat(mask.flatten().nonzero().squeeze(1), 50, 70).ids, ids)
+
+
+def test_kept_memory_changes_no_number() -> None:
+    """The same choices and gradients with memory that is used again, step after step, as with fresh memory."""
+    scratch, mask = Scratch(), torch.rand(50, 70) < 0.02
+    rows, ids = mask.nonzero(as_tuple=True)
+    support = Support(rows, ids, 50, 70)
+    table, bias = torch.randn(70, 8, requires_grad=True), torch.zeros(70, requires_grad=True)
+    for _ in range(3):
+        x = torch.randn(50, 8)
+        found = []
+        for memory in (None, scratch):
+            p = pre_activations(x, None, table, bias, support, None, memory)
+            out = decode(p.relu(), table, support, memory)
+            found.append(torch.autograd.grad(out.square().sum() + p.sum(), (table, bias)))
+            chosen = select.batch_top_k(x, table, bias, 2.5, 0.3, scratch=memory)
+            found[-1] += (chosen[1], select.top_k(x, table, bias, 3, scratch=memory)[1])
+        for fresh, kept in zip(*found, strict=True):
+            torch.testing.assert_close(kept, fresh, atol=1e-4, rtol=1e-4)
+    assert scratch("p", (3, 2), table).shape == (3, 2)
 
 
 def test_nothing_fires() -> None:
