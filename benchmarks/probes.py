@@ -4,12 +4,14 @@
     python benchmarks/probes.py --activations acts                # binary: is the token's text fiction?
     python benchmarks/probes.py --capture acts --tokens 81000 --of $(seq 0 29)     # all layers, 6 GB
     python benchmarks/probes.py --activations acts --solvers lbfgs --seconds 600   # ... against scikit-learn's default
+    python benchmarks/probes.py --activations acts --penalties .001 .01 .1 1   # ... choosing C, as by_layer does
     python benchmarks/probes.py --activations acts --label domain # nine classes
     python benchmarks/probes.py --layers 30 --seconds 7200        # made up, of the full size: 30 x 100,000
     python benchmarks/probes.py --questions                       # what SmolLM2 knows: all ready questions, or some
     python benchmarks/probes.py --routing domain language         # what monet-mini's routing knows
 
-A layer is [token, 576] in float32, standardised, the same penalty C for both; a fifth of the documents is held out.
+A layer is [token, 576] in float32, standardised, the same penalties C for both; a fifth of the documents is held out,
+half of them to choose the penalty by, where there are several, and half to score what was chosen.
 Times are of fitting alone, data in memory, standardising included. In each round every method fits one and the same
 layer, in shuffled order; what counts is the ratio of that round, and the layers' sum. scikit-learn fits as most people
 call it (lbfgs, its default tolerance, as many iterations as that takes) and by its quickest solver for many rows
@@ -44,8 +46,6 @@ import numpy as np
 import torch
 from _clock import Ratio, interleave
 
-C = 0.1
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -54,6 +54,8 @@ class Layer:
     name: str
     X: np.ndarray
     y: np.ndarray
+    X_validation: np.ndarray
+    y_validation: np.ndarray
     X_test: np.ndarray
     y_test: np.ndarray
 
@@ -83,10 +85,11 @@ def stored(folder: str, label: str, layers: list[str]) -> Iterator[Layer]:
     ds = store.open(folder)
     frame = ds.tokens(["label", "document"]).to_pandas()
     y = frame.label.to_numpy() if label == "domain" else (frame.label == label).to_numpy().astype(int)
-    held = frame.document.to_numpy() % 5 == 0
+    part = frame.document.to_numpy() % 10
+    parts = [part % 5 != 0, part == 0, part == 5]
     for site in layers or ds.sites:
         X = ds[site][:].float().numpy()
-        yield Layer(site, X[~held], y[~held], X[held], y[held])
+        yield Layer(site, *(a[rows] for rows in parts for a in (X, y)))
 
 
 def made_up(n_layers: int, tokens: int, classes: int) -> Iterator[Layer]:
@@ -100,27 +103,41 @@ def made_up(n_layers: int, tokens: int, classes: int) -> Iterator[Layer]:
         y = (score + rng.gumbel(size=score.shape)).argmax(1)
         X = (z * size) @ basis
         X[:, 7] += 300
-        yield Layer(f"made-up layer {layer}", X[:tokens], y[:tokens], X[tokens:], y[tokens:])
+        ends = [slice(tokens), slice(tokens, tokens * 9 // 8), slice(tokens * 9 // 8, None)]
+        yield Layer(f"made-up layer {layer}", *(a[rows] for rows in ends for a in (X, y)))
 
 
-def ours(layer: Layer) -> Any:
+def ours(layer: Layer, Cs: list[float]) -> list[Any]:
     from probes import LinearProbe
 
-    return LinearProbe(C=C).fit(layer.X, layer.y)
+    return list(LinearProbe.path(layer.X, layer.y, Cs))
 
 
-def theirs(layer: Layer, solver: str) -> Any:
+def theirs(layer: Layer, Cs: list[float], solver: str) -> list[Any]:
+    """Standardised once, then a fit for each penalty, each from where the last stronger one ended."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = LogisticRegression(C=C, solver=solver, max_iter=10_000)
+    scale = StandardScaler()
+    X, found, last = scale.fit_transform(layer.X), [], None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return make_pipeline(StandardScaler(), model).fit(layer.X, layer.y)
+        for C in Cs:
+            model = LogisticRegression(C=C, solver=solver, max_iter=10_000, warm_start=last is not None)
+            if last is not None:
+                model.coef_, model.intercept_ = last.coef_.copy(), last.intercept_.copy()
+            last = model.fit(X, layer.y)
+            found.append(make_pipeline(scale, model))
+    return found
 
 
-def objective(layer: Layer, fitted: Any) -> float:
+def chosen(layer: Layer, fitted: list[Any]) -> int:
+    """The strongest penalty of those that do best on validation."""
+    return int(np.argmax([one.score(layer.X_validation, layer.y_validation) for one in fitted]))
+
+
+def objective(layer: Layer, fitted: Any, C: float) -> float:
     """1/2 |w|^2 + C * loss at what a method found, weights in standardised units, in float64."""
     deviation = layer.X.std(0, dtype=np.float64)
     deviation[deviation == 0] = 1
@@ -140,10 +157,10 @@ def objective(layer: Layer, fitted: Any) -> float:
     return 0.5 * float(((raw * deviation) ** 2).sum()) + C * loss
 
 
-def measured(layer: Layer, rounds: int, solvers: list[str], seconds: float) -> dict[str, Any]:
-    """Times of one layer by turns, and how good each method's minimum is."""
-    runs: dict[str, Callable[[], Any]] = {"interp": lambda: ours(layer)}
-    runs |= {f"scikit-learn, {solver}": partial(theirs, layer, solver) for solver in solvers}
+def measured(layer: Layer, rounds: int, solvers: list[str], seconds: float, Cs: list[float]) -> dict[str, Any]:
+    """Times of one layer by turns, and how good each method's minima are."""
+    runs: dict[str, Callable[[], Any]] = {"interp": lambda: ours(layer, Cs)}
+    runs |= {f"scikit-learn, {solver}": partial(theirs, layer, Cs, solver) for solver in solvers}
     kept: dict[str, Any] = {}
 
     def keeping(name: str, run: Callable[[], Any]) -> Callable[[], None]:
@@ -153,15 +170,19 @@ def measured(layer: Layer, rounds: int, solvers: list[str], seconds: float) -> d
         return once
 
     times = interleave({name: keeping(name, run) for name, run in runs.items()}, rounds, seconds=seconds, warmups=0)
-    values = {name: objective(layer, fitted) for name, fitted in kept.items()}
-    best = min(values.values())
+    values = {
+        name: np.array([objective(layer, one, C) for one, C in zip(fitted, Cs, strict=True)])
+        for name, fitted in kept.items()
+    }
+    least = np.min(list(values.values()), axis=0)
     row: dict[str, Any] = {"layer": layer.name, "tokens": len(layer.X), "classes": len(np.unique(layer.y)),
                            "rounds": len(times["interp"].wall)}  # fmt: skip
     for name, taken in times.items():
+        best = chosen(layer, kept[name])
         row[name] = {
             "seconds": round(taken.best, 2), "CPU seconds": round(min(taken.cpu), 2),
-            "accuracy": round(float(kept[name].score(layer.X_test, layer.y_test)), 4),
-            "objective above the lowest": float(f"{values[name] / best - 1:.1e}"),
+            "accuracy": round(float(kept[name][best].score(layer.X_test, layer.y_test)), 4),
+            "C": Cs[best], "objective above the lowest": [float(f"{v:.1e}") for v in values[name] / least - 1],
         }  # fmt: skip
         if name != "interp":
             ratio = Ratio.of(taken.wall, times["interp"].wall)
@@ -192,6 +213,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=2, help="of made-up activations")
     parser.add_argument("--solvers", nargs="*", default=["lbfgs", "newton-cholesky"])
+    parser.add_argument("--penalties", type=float, nargs="*", default=[0.1], help="C, strongest penalty first")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=200.0, help="after so long no new layer begins")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -208,10 +230,10 @@ def main() -> None:
         return
     start, rows = time.perf_counter(), []
     for few in made_up(1, 1000, 2):  # what is imported on first use is nobody's time
-        measured(few, 1, a.solvers, a.seconds)
+        measured(few, 1, a.solvers, a.seconds, a.penalties)
     layers = stored(a.activations, a.label, a.sites) if a.activations else made_up(a.layers, a.tokens, a.classes)
     for layer in layers:
-        rows.append(measured(layer, a.rounds, a.solvers, a.seconds))
+        rows.append(measured(layer, a.rounds, a.solvers, a.seconds, a.penalties))
         print(json.dumps(rows[-1]), flush=True)
         if time.perf_counter() - start > a.seconds:
             break

@@ -32,12 +32,15 @@ def as_array(x: Any) -> Any:
 class Probe(ClassifierMixin, BaseEstimator):
     """A classifier on activations [sample, feature]. Subclasses say how it is fitted and scored."""
 
-    def _data(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Checked features and class numbers; sets `classes_`. One class, NaN, wrong lengths are errors."""
+    def _data(self, X: Any, y: Any, finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Checked features and class numbers; sets `classes_`. One class, NaN, wrong lengths are errors.
+
+        Without `finite`, whoever fits asks for NaN himself, in a reading of the features that he makes anyway.
+        """
         X, y = as_array(X), as_array(y)
         if isinstance(X, np.ndarray) and isinstance(y, np.ndarray) and len(y) != len(X):
             raise ProbeError(f"y has {len(y)} labels and X {len(X)} rows; give one label per row")
-        X, y = validate_data(self, X, y, dtype=(np.float64, np.float32))
+        X, y = validate_data(self, X, y, dtype=(np.float64, np.float32), ensure_all_finite=finite)
         check_classification_targets(y)
         self.classes_, numbers = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:

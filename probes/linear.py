@@ -15,23 +15,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.utils import assert_all_finite
 
 from probes.base import Linear
 from probes.errors import ProbeError
 from probes.logistic import BLOCK, path
 
 
-def standardised(X: np.ndarray, standardize: bool) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """Features less their mean, over their standard deviation, with both: [sample, feature], [feature], [feature].
+def moments(x: torch.Tensor, standardize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each feature of x [sample, feature]; the deviation is 1 where a feature never
+    changes or is not to be scaled.
 
-    The deviation is 1 where a feature never changes or is not to be scaled. Block by block, in X's own precision with
-    sums in float64; centring before any product keeps float32 exact where a feature's mean dwarfs its spread.
+    Block by block, in x's own precision with sums in float64. The mean is rounded to x's precision: as it can be
+    subtracted from x.
     """
-    x = torch.from_numpy(np.require(X, requirements=["C", "W"]))
     parts = x.split(BLOCK)
     shift = parts[0].mean(0)  # near the mean, so that sums of squares lose nothing in float32
-    total, square = torch.zeros(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64)
-    spare, ones = torch.empty_like(parts[0]), x.new_ones(len(parts[0]))
+    total, square = torch.zeros(2, x.shape[1], dtype=torch.float64)
+    spare, ones = torch.empty_like(parts[0]), shift.new_ones(len(parts[0]))
     for part in parts:
         centred, one = torch.sub(part, shift, out=spare[: len(part)]), ones[: len(part)]
         total += one @ centred
@@ -39,17 +40,11 @@ def standardised(X: np.ndarray, standardize: bool) -> tuple[torch.Tensor, np.nda
     gap = total / len(x)
     mean, deviation = shift + gap, (square / len(x) - gap**2).clamp(min=0).sqrt()
     if standardize:
-        still = (deviation < 1e-10 * deviation.max()) | (deviation <= 16 * torch.finfo(x.dtype).eps * mean.abs())
+        still = (deviation < 1e-10 * deviation.max()) | (deviation <= 16 * torch.finfo(shift.dtype).eps * mean.abs())
         deviation[still] = 1.0
     else:
         deviation = torch.ones_like(deviation)
-    # numpy asks for huge pages: to touch torch's own new memory for the first time costs more than to fill it.
-    out = torch.from_numpy(np.empty(X.shape, X.dtype))
-    centre, factor = mean.to(x.dtype), (1 / deviation).to(x.dtype)
-    for part, target in zip(parts, out.split(BLOCK), strict=True):
-        torch.sub(part, centre, out=target).mul_(factor)
-    # What was subtracted and multiplied, as it was: rounded to X's precision.
-    return out, centre.double().numpy(), 1 / factor.double().numpy()
+    return mean.to(x.dtype).double(), deviation
 
 
 class LinearProbe(Linear):
@@ -84,22 +79,25 @@ class LinearProbe(Linear):
         return probes[0]._path(X, y, probes)
 
     def _path(self, X: Any, y: Any, probes: list[LinearProbe]) -> list[LinearProbe]:
-        X, numbers = self._data(X, y)
+        X, numbers = self._data(X, y, finite=False)
         for probe in probes:
             if not probe.C > 0:
                 raise ProbeError(f"C={probe.C!r}: the inverse penalty must be positive")
-        x, centre, deviation = standardised(X, self.standardize)
+        x = torch.from_numpy(np.require(X, requirements=["C", "W"]))
+        centre, deviation = moments(x, self.standardize)
+        if not centre.isfinite().all():
+            assert_all_finite(X, estimator_name=type(self).__name__, input_name="X")
         fits = path(
-            x, torch.from_numpy(numbers), len(self.classes_), [p.C for p in probes],
+            x, torch.from_numpy(numbers), len(self.classes_), [p.C for p in probes], centre, deviation,
             tol=self.tol, max_iter=self.max_iter,
         )  # fmt: skip
         for probe, found in zip(probes, fits, strict=True):
             probe.classes_, probe.n_features_in_ = self.classes_, self.n_features_in_
             if hasattr(self, "feature_names_in_"):
                 probe.feature_names_in_ = self.feature_names_in_
-            weight = found.weight.numpy() / deviation
+            weight = found.weight / deviation
             probe.n_iter_ = found.passes
-            probe._set(weight, found.bias.numpy() - weight @ centre, X.dtype)
+            probe._set(weight.numpy(), (found.bias - weight @ centre).numpy(), X.dtype)
         return probes
 
 
