@@ -264,6 +264,21 @@ def test_titles_name_the_strongest_node(direction: str, value: float, said: str)
     assert titled(plots.heat_maps(table.assign(method="atp*"))).endswith("(estimated by atp*)")
 
 
+def test_titles_say_what_a_feature_and_the_saes_do() -> None:
+    contexts = pd.DataFrame({"value": [3.0, 2.0, 1.0], "before": "x", "token": [" to", " to", "for"], "after": "y"})
+    writes = pd.DataFrame({"token": [" sick", " license"], "value": [-4.0, 4.1]})
+    shown = titled(plots.feature_card(contexts, writes=writes, name="Latent 9"))
+    assert (
+        shown
+        == "Latent 9 fires on 'to' in 2 of its 3 strongest contexts, and makes 'license' likelier most (+4.1 logits)"
+    )
+    points = (("a", 8.0, 0.8), ("b", 32.0, 0.9))
+    rows = [{"name": n, "metric": k, "value": v, "low": v, "high": v} for n, l0, ce in points
+            for k, v in (("l0", l0), ("ce_recovered", ce))]  # fmt: skip
+    shown = titled(plots.sae_frontier(pd.DataFrame(rows)))
+    assert shown == "b gives back 90% of the loss with 32 latents a token, a 80% with 8"
+
+
 def test_titles_say_where_a_stream_carries_it() -> None:
     effect = {(0, 1): 2.0, (1, 1): 1.5, (2, 1): 0.1, (0, 3): 0.0, (1, 3): 0.2, (2, 3): 1.9}
     table = pd.DataFrame([{"node": f"resid_post[{layer}]", "site": "resid_post", "layer": layer, "position": p,

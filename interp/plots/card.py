@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp.plots import found
 from interp.plots.style import OKABE_ITO, escaped, finish, needs, token
 
 if TYPE_CHECKING:
@@ -16,19 +17,21 @@ _PANELS = {"writes": "what it makes likelier and less likely", "values": "how st
 
 
 def feature_card(
-    contexts: pd.DataFrame, title: str, writes: pd.DataFrame | None = None, values: Sequence[float] | None = None,
-    most: int = 8, around: int = 40,
+    contexts: pd.DataFrame, title: str = "", writes: pd.DataFrame | None = None, values: Sequence[float] | None = None,
+    most: int = 8, around: int = 40, name: str = "",
 ) -> go.Figure:  # fmt: skip
     """Where a feature fires most, how strongly it fires, and which tokens it makes likelier.
 
     Args:
         contexts: of one feature: columns value (or weight), before, token, after: of `interp.sae.latents.contexts`, or
             `experts.examples`.
-        title: what the figure shows; escaped here.
+        title: what the figure shows; escaped here. By default it says on which token the feature fires, and
+            what it makes likelier.
         writes: columns token, value: of `interp.sae.latents.logit_effects` for the same feature; or None.
         values: its activations where it fires; or None.
         most: contexts that are listed.
         around: letters shown on either side of the token.
+        name: the feature's, for the default title.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -55,7 +58,8 @@ def feature_card(
                              row=2, col=column)  # fmt: skip
             figure.update_xaxes(title_text=amount, row=2, col=column)
             figure.update_yaxes(title_text="tokens", row=2, col=column)
-    return finish(figure, title, 200 + 28 * len(top) + (260 if small else 0))
+    height = 200 + 28 * len(top) + (260 if small else 0)
+    return finish(figure, title or found.feature(top, writes, name), height)
 
 
 def _contexts(figure: Any, top: pd.DataFrame, amount: str, around: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from interp.plots import found
 from interp.plots.style import BASELINES, DASHES, OKABE_ITO, SYMBOLS, escaped, faint, finish, needs, sides
 
 if TYPE_CHECKING:
@@ -73,13 +74,13 @@ def layer_curve(
     return finish(figure, title)
 
 
-def sae_frontier(table: pd.DataFrame, title: str, metric: str = "ce_recovered") -> go.Figure:
+def sae_frontier(table: pd.DataFrame, title: str = "", metric: str = "ce_recovered") -> go.Figure:
     """Loss recovered over latents per token, a point per SAE with its interval; upper left is better.
 
     Args:
         table: columns name, metric, value, low, high: of `sae.pareto`. The line joins the SAEs that no other beats in
             both.
-        title: what the figure shows; escaped here.
+        title: what the figure shows; escaped here. By default it names the SAE that gives back most, and the smallest.
         metric: the vertical axis, higher is better.
     """
     import numpy as np
@@ -122,7 +123,7 @@ def sae_frontier(table: pd.DataFrame, title: str, metric: str = "ce_recovered") 
     ticks = [2**i for i in range(24) if wide["l0"].min() / 2 < 2**i < wide["l0"].max() * 2]
     figure.update_xaxes(title_text="latents per token (L0, log scale)", type="log", tickvals=ticks)
     figure.update_yaxes(title_text=names.get(metric, escaped(metric)))
-    return finish(figure, title)
+    return finish(figure, title or found.saes(table, metric))
 
 
 def pareto(table: pd.DataFrame, title: str = "") -> go.Figure:
@@ -148,8 +149,8 @@ def pareto(table: pd.DataFrame, title: str = "") -> go.Figure:
     figure.update_xaxes(title_text="latents per token (L0)")
     figure.update_yaxes(title_text="variance unexplained (FVU, share)", rangemode="tozero")
     least = str(wide.fvu.idxmin())
-    found = f"{wide.fvu[least]:.0%} of the variance, with {wide.l0[least]:.0f} latents a token"
-    return finish(figure, title or f"{least} leaves least unexplained: {found}")
+    much = f"{wide.fvu[least]:.0%} of the variance, with {wide.l0[least]:.0f} latents a token"
+    return finish(figure, title or f"{least} leaves least unexplained: {much}")
 
 
 def distributions(

@@ -86,8 +86,33 @@ def patching(table: pd.DataFrame, tokens: Sequence[str] | None = None) -> str:
     form = f"{amount:.2f}" if verb != "moves" else f"{amount:+.2f}"
     return (
         f"{_whose(table)}{where} {verb} {form} {unit}{share}, the most of {len(table):,} nodes; "
-        f"{near or 'none'} {'other comes' if near <= 1 else 'others come'} to half of it{how}"
+        f"{near or 'no'} {'other comes' if near <= 1 else 'others come'} to half of it{how}"
     )
+
+
+def feature(contexts: pd.DataFrame, writes: pd.DataFrame | None = None, name: str = "") -> str:
+    """Of a feature's strongest contexts: the token at which it fires most often, and the one it makes likeliest."""
+    fires = contexts["token"].astype(str).str.strip().value_counts()
+    said = (
+        f"fires on {fires.index[0]!r} in {fires.iloc[0]} of its {len(contexts)} strongest contexts"
+        if len(fires)
+        else ""
+    )
+    if writes is not None and len(writes):
+        top = writes.loc[writes["value"].idxmax()]
+        said += f", and makes {str(top['token']).strip()!r} likelier most ({top['value']:+.1f} logits)"
+    return f"{name} {said}".strip()
+
+
+def saes(table: pd.DataFrame, metric: str = "ce_recovered") -> str:
+    """Of `sae.pareto`: which SAE gives back most, at how many latents a token, and how the smallest does."""
+    wide = table.pivot_table(index="name", columns="metric", values="value")
+    best, least = wide[metric].idxmax(), wide["l0"].idxmin()
+    what = {"ce_recovered": "of the loss", "explained_variance": "of the variance"}.get(metric, metric)
+    said = f"{best} gives back {wide.loc[best, metric]:.0%} {what} with {wide.loc[best, 'l0']:.0f} latents a token"
+    if best == least:
+        return f"{said}, and none needs fewer"
+    return f"{said}, {least} {wide.loc[least, metric]:.0%} with {wide.loc[least, 'l0']:.0f}"
 
 
 def _token(place: int, tokens: Sequence[str] | None) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from interp.quiet import quiet
 from interp.zoo import cache, hub
 from interp.zoo.checkpoint import open_directory, open_gguf, refuse_remote_code
 from interp.zoo.errors import LoadError, notice
@@ -128,8 +129,9 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     Raises LoadError when a tensor that was written is not, bit for bit, the one that is read.
     """
     model, tokenizer = open_gguf(gguf, dtype=torch.float32)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with quiet():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     again, _ = open_directory(out, dtype=torch.float32)
     written, read = model.state_dict(), again.state_dict()
     if different := [key for key in written if key not in read or not torch.equal(written[key], read[key])]:
