@@ -119,6 +119,9 @@ class Continued:
             with batch.opened(bool(self.literal)):
                 for key, edits in self.runs.items():
                     logits = batch.literally(edits) if self.literal else batch.shared(edits)
+                    if bool(logits[..., 0][batch.target_mask].isnan().any()):  # NaN in a stream is in its every logit
+                        way = f"under {edits[0].name}" if edits else "unsteered"
+                        raise SteeringError(f"{self.m.name} gives NaN as logits, {way}; there is nothing to score")
                     yield Scored(rows, key, logits, batch.targets, batch.target_mask)
 
 
@@ -139,7 +142,8 @@ def continued(
         batch_tokens: answer tokens in a batch, padding included.
         share: False runs everything the literal way.
 
-    Raises SteeringError for a passage without prompt or answer, or one longer than the context.
+    Raises SteeringError for a passage without prompt or answer, or one longer than the context, and, while it is
+    iterated, where the model gives NaN.
     """
     for i, p in enumerate(passages):
         if not 0 < p.answer < len(p.ids):

@@ -13,6 +13,7 @@ of that shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,9 +91,14 @@ class SteeringMap:
             raise SteeringError(f"{self.method}: there is no part; give at least one site")
         for part in self.parts:
             for name, tensor in part.map.tensors().items():
-                if not bool(torch.isfinite(tensor[~torch.isinf(tensor)]).all()):
+                odd = torch.isnan(tensor)
+                if Site.parse(part.site).name != "router_logits":  # there -inf and +inf ban and choose an expert
+                    odd |= torch.isinf(tensor)
+                if bool(odd.any()):
+                    value = tensor[odd].flatten()[0].item()
+                    what = "NaN" if math.isnan(value) else f"{value:g}"
                     raise SteeringError(
-                        f"{self.method} at {part.site}: {name} holds NaN; is the data finite and varied?"
+                        f"{self.method} at {part.site}: {name} holds {what}; is the data finite and varied?"
                     )
             self._fits(m, part)
         return self
@@ -157,6 +163,8 @@ class SteeringMap:
         """k times as strong: ``h + k (f(h) - h)``."""
         if not isinstance(k, int | float):
             return NotImplemented
+        if not math.isfinite(k):
+            raise SteeringError(f"multiplier {k}: expected a finite number, such as 2 or -0.5")
         return self._each(lambda p: replace(p, map=p.map.scaled(float(k))))
 
     __rmul__ = __mul__

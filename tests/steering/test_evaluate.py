@@ -15,6 +15,7 @@ from steering.baselines import random_like, shuffled
 from steering.budget import budget, budgets, compare
 from steering.continuation import log_likelihoods
 from steering.damage import choices, fluency, neutral
+from steering.errors import SteeringError
 from steering.evaluate import evaluate, summarise, verdict
 from steering.intervals import bootstrap, spread
 from steering.pairs import Passage
@@ -355,6 +356,18 @@ def test_bad_input(planted):
         log_likelihoods(m, [Passage((3, 4), 2)], {0.0: []})
     with pytest.raises(steering.SteeringError, match="prompt of at least one"):
         log_likelihoods(m, [Passage((3, 4), 0)], {0.0: []})
+
+
+def test_a_model_that_gives_nan_is_not_scored():
+    m = interp.load("tiny:llama")
+    v = SteeringVector.of(m, {"resid_post[1]": torch.ones(32)})
+    pairs = [([3, 4], [5, 6], [7]), ([8], [9], [10])]
+    with torch.no_grad():
+        m.hf.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(SteeringError, match="gives NaN as logits, unsteered"):
+        evaluate(m, v.on(m), pairs, [0, 1], controls=0)
+    with pytest.raises(SteeringError, match="gives NaN as logits"):
+        neutral(m, v.on(m), [[3, 4, 5]], [1.0])
 
 
 def test_what_is_written_is_judged(planted):

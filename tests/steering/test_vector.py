@@ -178,6 +178,11 @@ def test_values_that_do_not_fit_are_refused(m):
         SteeringVector.of(m, {"resid_post[1]": torch.ones(31)})
     with pytest.raises(SteeringError, match="holds NaN"):
         SteeringVector.of(m, {"resid_post[1]": torch.full((32,), float("nan"))})
+    with pytest.raises(SteeringError, match="holds inf"):
+        SteeringVector.of(m, {"resid_post[1]": torch.full((32,), float("inf"))})
+    for k in (float("nan"), float("inf")):
+        with pytest.raises(SteeringError, match="expected a finite number"):
+            SteeringVector.of(m, {"resid_post[1]": torch.ones(32)}) * k
     with pytest.raises(SiteError, match=r"resid_post\[7\]: .* has layers 0..2"):
         SteeringVector.of(m, {"resid_post[7]": torch.ones(32)})
     with pytest.raises(SteeringError, match="no part"):
