@@ -1,11 +1,13 @@
 """Makes the sparse autoencoders of this folder, or makes them again:
 
     python data/models/sae-make.py sae-monet-mini --work acts
+    python data/models/sae-make.py sae-olmoe-mini --work acts
     python data/models/sae-make.py sae-smollm2 --work acts
 
 Text of every domain's train split in equal parts is written as activations to ``--work``, an SAE is trained on them,
 rounded to bfloat16 and saved here under its name; what is rounded is what is evaluated, on passages of the test split.
-Both steps go on where they stopped when they are called again. `interp.sae.load` opens the result by its name.
+Both steps go on where they stopped when they are called again; a model that was trained anew needs a fresh ``--work``.
+`interp.sae.load` opens the result by its name. ``--texts 48 --out try`` makes a small one elsewhere, to try it out.
 """
 
 # ruff: noqa: T201   a script's output
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def passages(split: str, each: int) -> dict[str, list[str]]:
     return found
 
 
-def make(name: str, recipe: Recipe, work: Path) -> Path:
+def make(name: str, recipe: Recipe, work: Path, out: Path = HERE) -> Path:
     m = interp.load(recipe.model)
     texts = [text for of in zip(*passages("train", recipe.texts).values(), strict=False) for text in of][: recipe.texts]
     began = time.perf_counter()
@@ -66,10 +68,10 @@ def make(name: str, recipe: Recipe, work: Path) -> Path:
     ds = store.write(m, texts, [recipe.site, other], work / name / "acts", context=CONTEXT, dtype="float16",
                      batch_size=16, documents_per_range=128, sources="interp.corpora, train split")  # fmt: skip
     print(f"{name}: {len(ds)} tokens captured in {time.perf_counter() - began:.0f} s")
-    return learn(name, recipe, m, ds, work)
+    return learn(name, recipe, m, ds, work, out)
 
 
-def learn(name: str, recipe: Recipe, m: Any, ds: store.ActivationDataset, work: Path) -> Path:
+def learn(name: str, recipe: Recipe, m: Any, ds: store.ActivationDataset, work: Path, out: Path) -> Path:
     began, rows = time.perf_counter(), len(ds[recipe.site])
     s = sae.train(ds, recipe.site, arch="batchtopk", tokens=int(recipe.epochs * rows), batch_size=2048, log_every=20,
                   checkpoint=work / name / "checkpoint", checkpoint_every=100, **recipe.settings)  # fmt: skip
@@ -77,7 +79,7 @@ def learn(name: str, recipe: Recipe, m: Any, ds: store.ActivationDataset, work: 
     s.metadata.update(model_name=m.name, model_hash=m.fingerprint, context_size=CONTEXT,  # type: ignore[attr-defined]
                       distinct_tokens=rows)  # fmt: skip
     s.metadata.pop("source", None)  # type: ignore[attr-defined]
-    path = s.to(torch.bfloat16).save(HERE / name)
+    path = s.to(torch.bfloat16).save(out / name)
     describe(path, m, s)
     return path
 
@@ -135,5 +137,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--work", type=Path, required=True, help="where activations and checkpoints go")
+    parser.add_argument("--texts", type=int, help="passages to train on, in place of the recipe's")
+    parser.add_argument("--out", type=Path, default=HERE, help="where the result goes")
     given = parser.parse_args()
-    print(make(given.name, RECIPES[given.name], given.work))
+    recipe = RECIPES[given.name]
+    print(make(given.name, replace(recipe, texts=given.texts or recipe.texts), given.work, given.out))

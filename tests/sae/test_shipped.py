@@ -28,16 +28,16 @@ def test_its_card_is_filled_in(name: str) -> None:
     assert sum(file.stat().st_size for file in (trained_dir() / name).iterdir()) < 8_000_000
 
 
-def test_the_small_one_explains_its_model() -> None:
-    if "monet-mini" not in models() or "sae-monet-mini" not in sae.names():
-        pytest.skip("monet-mini or its SAE is not part of this installation")
-    s, m = sae.load("sae-monet-mini"), interp.load("monet-mini")
-    again = "remake it: python data/models/sae-make.py sae-monet-mini --work acts"
-    assert s.metadata["model_hash"] == m.fingerprint, f"it belongs to an earlier monet-mini; {again}"
+@pytest.mark.parametrize("model", ["monet-mini", "olmoe-mini"])
+def test_the_small_one_explains_its_model(model: str) -> None:
+    name = f"sae-{model}"
+    if model not in models() or name not in sae.names():
+        pytest.skip(f"{model} or its SAE is not part of this installation")
+    s, m = sae.load(name), interp.load(model)
+    again = f"remake it: python data/models/sae-make.py {name} --work acts"
+    assert s.metadata["model_hash"] == m.fingerprint, f"it belongs to an earlier {model}; {again}"
     at = sae.evaluate(s, m, TEXTS, resamples=0).set_index("metric").value
-    promised = {
-        row["metric"]: float(row["value"]) for row in Card.load(trained_dir() / "sae-monet-mini").fields["evaluation"]
-    }
+    promised = {row["metric"]: float(row["value"]) for row in Card.load(trained_dir() / name).fields["evaluation"]}
     assert at["fvu"] < promised["fvu"] + 0.15
     assert at["l0"] == pytest.approx(promised["l0"], rel=0.4)
     assert at["ce_recovered"] > promised["ce_recovered"] - 0.15
