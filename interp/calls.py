@@ -157,6 +157,9 @@ def _shown(form: Any, width: int) -> str:
         found = f"<{form['of']}, {form['$digest'][:8]}>"
     elif "$again" in form:
         found = f"<{form['$again']}>"
+    elif kind := next((form[key] for key in ("$object", "$data", "$estimator") if key in form), ""):
+        name, recipe = kind.rpartition(":")[2], form.get("recipe")
+        found = f"{name}({recipe!r})" if isinstance(recipe, str) else f"<{name}>"
     else:
         found = json.dumps(next(iter(form.values())), ensure_ascii=False)
     return found if len(found) <= width else f"{found[: width - 1]}…"

@@ -212,7 +212,9 @@ def _object(value: Any, whole: bool) -> Any:
         found = {k: v for k, v in vars(value).items() if k.endswith("_") and not k.startswith("_")}
         params = value.get_params(deep=False)
         return {"$estimator": named(kind), "params": _write(params, whole), "fitted": _write(found, whole)}
-    if callable(value) and getattr(value, "__module__", "").partition(".")[0] in _OURS:
+    if (
+        callable(value) and str(getattr(value, "__module__", None)).partition(".")[0] in _OURS
+    ):  # a bound builtin has None
         name = getattr(value, "__qualname__", "<")
         if "<" not in name and not name.startswith("_"):
             return {"$function": named(value)}

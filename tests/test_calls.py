@@ -249,6 +249,9 @@ def test_the_call_reads_as_a_line_of_python(dense: interp.Model) -> None:
     assert line.startswith(f"interp.patching.patch(m=<{dense.name}>, clean=[[")
     assert "metric=interp.logit_diff(correct=5, wrong=7)" in line
     assert "nodes='resid_post[*]'" in line
+    probe = calls.text(DENSE["probes.causal"](dense))
+    assert "probe=<LinearProbe>" in probe
+    assert "scope='last'" in probe
     assert "call" not in calls.settings(table)
 
 
@@ -278,3 +281,14 @@ def test_settings_are_shown_with_the_call_as_a_line(dense: interp.Model) -> None
         assert "<script>" not in shown
     table.attrs["call"] = {"function": 3}
     assert "function" in display.html(table)
+
+
+def test_a_callback_is_no_obstacle(routed: interp.Model) -> None:
+    said: list[str] = []
+    stats = experts.routing(routed, TEXTS)
+    how: dict[str, Any] = {"rule": "top", "count": 2, "labels": ["law"], "controls": 0}
+    table = experts.remove_each(routed, stats, TEXTS, say=said.append, **how)
+    with pytest.raises(RerunError, match="pass say= again"):
+        interp.rerun(table, routed)
+    pd.testing.assert_frame_equal(interp.rerun(table, routed, say=said.append), table)
+    pd.testing.assert_frame_equal(interp.rerun(experts.remove_each(routed, stats, TEXTS, **how), routed), table)
