@@ -10,11 +10,22 @@ if TYPE_CHECKING:
 
 
 def by_layer(table: pd.DataFrame, title: str = "") -> go.Figure:
-    """Held-out accuracy against the layer with its interval, beside the controls of `probes.by_layer`."""
+    """Held-out accuracy against the layer with its interval, beside the controls of `probes.by_layer`.
+
+    By default the title says where it is read best (by validation, where the table knows it), how well, and what the
+    controls reach.
+    """
     from interp.plots import layer_curve
 
     a = table.attrs
-    found = f"{a.get('best', '')} reads it best: {a.get('best_value', float('nan')):.0%} of unseen examples"
+    own = table[table["baseline"] == "none"].set_index("node")
+    by = "validation" if "validation" in own else "value"
+    best = a["best"] if a.get("best") in own.index else own[by].idxmax()
+    found = f"{best} reads it best: {own.loc[best, 'value']:.0%} of unseen examples"
+    controls = [(kind, part) for kind, part in table.groupby("baseline", sort=False) if kind != "none"]
+    beside = [f"{kind} {(part[part['node'] == best] if best in set(part['node']) else part)['value'].iloc[0]:.0%}"
+              for kind, part in controls]  # fmt: skip
+    found += f" ({', '.join(beside)})" if beside else ""
     unit = "balanced accuracy" if a.get("metric") == "balanced" else "accuracy"
     figure = layer_curve(table, title or found, unit=f"{unit} on held-out examples")
     return figure.update_yaxes(range=[0, 1.03], tickformat=".0%")

@@ -32,7 +32,11 @@ def test_accuracy_by_layer_stands_beside_its_controls(sweep):
     assert [0.6, 0.9] in lines
     assert [0.5, 0.4] in lines
     assert [0.55, 0.55] in lines  # the bag of tokens has no layer
-    assert figure.layout.title.text == "resid_post[1] reads it best: 90% of unseen examples"
+    assert figure.layout.title.text == (
+        "resid_post[1] reads it best: 90% of unseen examples (shuffled 40%, bag of tokens 55%)"
+    )
+    part = plots.by_layer(sweep[(sweep.layer == 0) & (sweep.baseline == "none")])  # the best node of all is not drawn
+    assert part.layout.title.text == "resid_post[0] reads it best: 60% of unseen examples"
     assert figure.layout.xaxis.title.text == "layer"
     assert "accuracy" in figure.layout.yaxis.title.text
 
