@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +20,7 @@ def by_layer(table: pd.DataFrame, title: str = "") -> go.Figure:
     a = table.attrs
     own = table[table["baseline"] == "none"].set_index("node")
     by = "validation" if "validation" in own else "value"
-    best = a["best"] if a.get("best") in own.index else own[by].idxmax()
+    best: Any = a["best"] if a.get("best") in own.index else own[by].idxmax()
     found = f"{best} reads it best: {own.loc[best, 'value']:.0%} of unseen examples"
     controls = [(kind, part) for kind, part in table.groupby("baseline", sort=False) if kind != "none"]
     beside = [f"{kind} {(part[part['node'] == best] if best in set(part['node']) else part)['value'].iloc[0]:.0%}"

@@ -84,8 +84,10 @@ def layers(table: pd.DataFrame, title: str = "") -> go.Figure:
     )  # fmt: skip
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(title_text="multiplier")
-    k, layer = grid.abs().stack().idxmax()
-    found = f"layer {layer} at {k:+g} changes the propensity most, by {grid.loc[k, layer]:+.2f} nats per token"
+    changes = grid.melt(ignore_index=False).reset_index()
+    top = changes.iloc[int(changes["value"].abs().argmax())]
+    where = f"layer {top['layer']:.0f} at {top['multiplier']:+g}"
+    found = f"{where} changes the propensity most, by {top['value']:+.2f} nats per token"
     return _finish(figure, title or found, 420)
 
 

@@ -92,9 +92,9 @@ def command(
         emit({"model": about, "seconds": round(seconds, 3), **summary(written)})
     else:
         about = summary(written)
-        sites = "1 site" if len(about["sites"]) == 1 else f"{len(about['sites'])} sites"
+        where = "1 site" if len(about["sites"]) == 1 else f"{len(about['sites'])} sites"
         stdout().print(
-            f"{about['tokens']} tokens at {sites} in {seconds:.1f} s, "
+            f"{about['tokens']} tokens at {where} in {seconds:.1f} s, "
             f"{about['bytes'] / 2**20:.1f} MiB in {about['directory']}",
             highlight=False,
             soft_wrap=True,

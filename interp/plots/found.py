@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,11 +49,11 @@ def _aimed(table: pd.DataFrame) -> pd.Series:
 
 def frontier(table: pd.DataFrame) -> str:
     """Of `experts.frontier`: how deep the deepest cut goes, and where a cut costs the others least."""
-    deep = table.loc[table["damage"].idxmax()]
+    deep = table.iloc[int(table["damage"].argmax())]
     said = f"the deepest cut costs its own text {deep['damage']:.2f} nats and other text {deep['spill']:.2f}"
     if not table["selectivity"].notna().any():
         return _whose(table) + said
-    best = table.loc[table["selectivity"].idxmax()]
+    best = table.iloc[int(table["selectivity"].argmax())]
     method = f" ({best['method']})" if table["method"].nunique() > 1 else ""
     return f"{_whose(table)}{said}; the most selective one {best['damage']:.2f} against {best['spill']:.3f}{method}"
 
@@ -65,7 +65,7 @@ def patching(table: pd.DataFrame, tokens: Sequence[str] | None = None) -> str:
     size = table["value"].abs()
     if not len(table) or not size.notna().any():
         return f"{_whose(table)}no node has an effect that is a number"
-    top = table.loc[size.idxmax()]
+    top = table.iloc[int(size.argmax())]
     metric, direction = str(top.get("metric", "metric")), str(top.get("direction", ""))
     where = str(top["node"])
     if str(top.get("position")) not in ("<NA>", "nan", "None"):
@@ -99,7 +99,7 @@ def feature(contexts: pd.DataFrame, writes: pd.DataFrame | None = None, name: st
         else ""
     )
     if writes is not None and len(writes):
-        top = writes.loc[writes["value"].idxmax()]
+        top = writes.iloc[int(writes["value"].argmax())]
         said += f", and makes {str(top['token']).strip()!r} likelier most ({top['value']:+.1f} logits)"
     return f"{name} {said}".strip()
 
@@ -107,7 +107,8 @@ def feature(contexts: pd.DataFrame, writes: pd.DataFrame | None = None, name: st
 def saes(table: pd.DataFrame, metric: str = "ce_recovered") -> str:
     """Of `sae.pareto`: which SAE gives back most, at how many latents a token, and how the smallest does."""
     wide = table.pivot_table(index="name", columns="metric", values="value")
-    best, least = wide[metric].idxmax(), wide["l0"].idxmin()
+    best: Any = wide[metric].idxmax()
+    least: Any = wide["l0"].idxmin()
     what = {"ce_recovered": "of the loss", "explained_variance": "of the variance"}.get(metric, metric)
     said = f"{best} gives back {wide.loc[best, metric]:.0%} {what} with {wide.loc[best, 'l0']:.0f} latents a token"
     if best == least:

@@ -108,6 +108,11 @@ def test_figures_hold_the_tables_numbers(found):
     assert EVIL not in figure.to_json()
     sweep = steering.sweep(m, steering.caa(m, PAIRS, layer="*"), PAIRS[:3], [-1, 0, 1])
     grid = plots.layers(sweep, "x").data[0]
+    title = plots.layers(sweep).layout.title.text.replace("<br>", " ")
+    strongest = sweep.set_index(["layer", "multiplier"])["value"].unstack()
+    shift = strongest.sub(strongest[0.0], axis=0).drop(columns=0.0).stack()
+    layer, k = shift.abs().idxmax()
+    assert title.startswith(f"layer {layer} at {k:+g} changes the propensity most, by {shift[layer, k]:+.2f} nats")
     assert grid.z.shape == (2, m.n_layers)
     top = sweep[(sweep.layer == 0) & (sweep.multiplier == 1)].value.iloc[0]
     base = sweep[(sweep.layer == 0) & (sweep.multiplier == 0)].value.iloc[0]
