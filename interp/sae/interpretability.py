@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.progress import bar
 from interp.sae.dark import halves
 from interp.sae.explain import Backend, Explanation, detection, shared_words
@@ -60,6 +61,7 @@ def windows(m: Model, texts: Sequence[str], *, words: int = 3, context: int = 12
     return out
 
 
+@recorded
 def interpretability(
     codes: Mapping[str, Tensor],
     near: Sequence[str],

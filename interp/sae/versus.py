@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
+from interp.calls import recorded
 from interp.factored import FactoredExperts
 from interp.progress import bar
 from interp.sae.autoencoder import SAE
@@ -112,6 +113,7 @@ def gather(
 
 
 # -- the comparison --------------------------------------------------------------------------------------------
+@recorded
 def compare(
     codes: Mapping[str, Tensor],
     x: Tensor | Mapping[str, Tensor],
@@ -298,6 +300,7 @@ def _unexplained(y: Tensor, made: Tensor, groups: Tensor, resamples: int,
 
 
 # -- taking features away --------------------------------------------------------------------------------------
+@recorded
 def removal(
     m: Model, off: Mapping[str, Any], texts: Mapping[str, Sequence[Any]], *, context: int = 128,
     run: int = 8, seed: int = 0,
