@@ -4,6 +4,7 @@
     DIR/caa/test/<behaviour>/test_dataset_ab.json           ... and others to score
     DIR/repe_emotions/<emotion>.json                        situations (github.com/andyzoujm/representation-engineering)
     DIR/function_vectors/abstractive/<task>.json            {"input", "output"} (github.com/ericwtodd/function_vectors)
+    DIR/function_vectors/extractive/<task>.json             ... whose output is one of the input's words
 
 The letters are taken off: a small model does not bind them, so whole answers are scored.
 """
@@ -59,7 +60,10 @@ def tasks(directory: Path, names: list[str], seed: int = 0) -> dict[str, list[tu
     """name -> (input, output) examples of one-to-one tasks, shuffled."""
     found = {}
     for name in names:
-        rows = _read(directory / "function_vectors" / "abstractive" / f"{name}.json")
+        files = sorted((directory / "function_vectors").glob(f"*/{name}.json"))
+        if not files:
+            raise SystemExit(f"{directory}: there is no function_vectors/*/{name}.json")
+        rows = _read(files[0])
         random.Random(seed).shuffle(rows)
         found[name] = [(row["input"], row["output"]) for row in rows]
     return found

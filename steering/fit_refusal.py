@@ -203,6 +203,9 @@ def _opening(m: Any, tokens: Sequence[str | int]) -> list[int]:
     if not len(tokens):
         raise SteeringError("tokens: give the first tokens of the behaviour, e.g. ['I cannot', 'Sorry']")
     ids = [t if isinstance(t, int) else int(m.tokens(t, special=False).row(0)[0]) for t in tokens]
+    size = m.hf.get_input_embeddings().num_embeddings
+    if not all(0 <= t < size for t in ids):
+        raise SteeringError(f"tokens={list(tokens)}: {m.name} has tokens 0..{size - 1}")
     return list(dict.fromkeys(ids))
 
 

@@ -63,6 +63,8 @@ def ab(
     import pandas as pd
 
     ks = check_multipliers(multipliers)
+    if isinstance(letters, str) or len(letters) != 2 or letters[0] == letters[1]:
+        raise SteeringError(f"letters={letters!r}: expected two different ones, such as ('A', 'B')")
     triples = _pairs.check(items)
     passages, first = [], 0
     for question, positive, negative in triples:

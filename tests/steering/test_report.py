@@ -127,6 +127,9 @@ def test_letters_must_be_one_token_and_templates_there():
     assert set(table.metric) == {"p_positive", "letter_bias", "letter_mass"}
     with pytest.raises(SteeringError, match="not one token"):
         ab(m, v, items, [0], letters=("good day", "bad"))
+    for wrong in (("good", "good"), ("good",), "AB"):
+        with pytest.raises(SteeringError, match="expected two different ones"):
+            ab(m, v, items, [0], letters=wrong)  # type: ignore[arg-type]
     with pytest.raises(SteeringError, match="chat template"):
         ab(m, v, items, [0], chat=True)
     chatty = worded(chat=True)
