@@ -10,9 +10,9 @@
 From the bottom: `kernels` (sparse codes, forward and backward), `select` and `pursuit` (which latents fire), `settings`
 and `architectures` (each paper's loss on one path), `sources`, `trainer`, `checkpoint` and `train`; `autoencoder` (what
 comes out), `files` (on disk), `edits` (as interventions); `evaluate`, `probing`, `absorption`, `isolation`, `dark` and
-`versus` (what it is worth, beside experts), `interpretability` and `resection` (the same in words, and by taking features
-out); `per_expert` (one for every expert); `latents`, `page`, `explain` and `find` (what a latent is about); `behaviour`
-(what it can steer); `shards` (latents over several processes).
+`versus` (what it is worth, beside experts), `interpretability` and `resection` (the same in words, and by taking
+features out); `per_expert` (one for every expert); `latents`, `page`, `explain` and `find` (what a latent is about);
+`behaviour` (what it can steer); `shards` (latents over several processes).
 """
 
 from __future__ import annotations
