@@ -227,7 +227,8 @@ def load(dir: str | os.PathLike[str]) -> ExpertSAE:
     about = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if about.get("format") != _FORMAT:
         raise SAEError(f"{path}: format {about.get('format')!r}; expected {_FORMAT!r}")
-    decoder, encoder, b_enc, centres = (load_file(path / "weights.safetensors")[name] for name in _TENSORS)
+    found = load_file(path / "weights.safetensors")
+    decoder, encoder, b_enc, centres = (found[name] for name in _TENSORS)
     return ExpertSAE(
         decoder, encoder, b_enc, centres, about["k"], Shape(**about["shape"]), about["site"], about["about"]
     )
