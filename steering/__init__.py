@@ -42,6 +42,7 @@ from steering.fit_transport import act, transport_map
 from steering.gates import Condition, conditional, find_condition
 from steering.importers import from_repeng, from_steering_vectors
 from steering.lettered import ab
+from steering.personas import early_decoding, persona_effects
 from steering.planted import Planted
 from steering.pres import pres
 from steering.propensity import propensities, slopes
@@ -85,6 +86,7 @@ __all__ = [
     "cosines",
     "dac",
     "directional_ablation",
+    "early_decoding",
     "east",
     "equalise",
     "evaluate",
@@ -109,6 +111,7 @@ __all__ = [
     "operator",
     "pas",
     "pca",
+    "persona_effects",
     "pres",
     "probe",
     "probe_edit",

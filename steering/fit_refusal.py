@@ -98,7 +98,7 @@ def refusal(
         name: _pairs.texts(m, given, chat=chat, system=system, name=name)
         for name, given in zip(_NAMES, (present, absent, present_val, absent_val), strict=True)
     }
-    first = _opening(m, tokens)
+    first = opening(m, tokens)
     if filtered:
         rows = {name: _expected(m, name, r, first, batch_tokens) for name, r in rows.items()}
     positions = list(positions) if positions is not None else tail(rows["present"] + rows["absent"])
@@ -198,7 +198,7 @@ def last_logits(m: Any, passages: Sequence[Passage], changes: Sequence[Any], bat
     return torch.stack(out)
 
 
-def _opening(m: Any, tokens: Sequence[str | int]) -> list[int]:
+def opening(m: Any, tokens: Sequence[str | int]) -> list[int]:
     """Ids of the tokens with which the behaviour begins."""
     if not len(tokens):
         raise SteeringError("tokens: give the first tokens of the behaviour, e.g. ['I cannot', 'Sorry']")

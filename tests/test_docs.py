@@ -133,6 +133,8 @@ def test_the_reference_shows_every_public_name() -> None:
     for name, (title, modules) in writer.PAGES.items():
         written = (DOCS / "reference" / f"{name}.md").read_text(encoding="utf-8")
         assert written == writer.page(title, modules), f"{name}.md is stale: python docs/reference.py"
+    closed = (DOCS / "reference" / "papers.md").read_text(encoding="utf-8")
+    assert closed == writer.papers(DOCS.parent / "tests" / "papers"), "papers.md is stale: python docs/reference.py"
     shown = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
     for module in (interp, probes, steering, *(getattr(interp, name) for name in interp._MODULES)):
         for name in getattr(module, "__all__", []):

@@ -2,7 +2,8 @@
 
 Nothing below the first edited layer changes, so its result need not be computed again: `resumed` lets the layers before
 `start` pass the stream through untouched and puts the stream that another run left in front of layer `start`. Nothing
-after the final norm mixes tokens, so a metric that reads some tokens needs the logits of those only: `narrowed`.
+after the final norm mixes tokens, so a metric that reads some tokens needs the logits of those only: `narrowed`. The
+layers behind one can be left out too, so that it speaks itself: `shortened`.
 
 For the time of the context, the skipped layers' places in the model's own list of layers are taken by `Skipped`, a
 module like any other. Whether a family can be run so (one whose late layers look at what early layers computed, besides
@@ -66,6 +67,19 @@ def resumed(layers: nn.ModuleList, start: int, stream: Any, forms: list[int]) ->
     finally:
         for i, layer in enumerate(kept):
             layers[i] = layer
+
+
+@contextmanager
+def shortened(layers: nn.ModuleList, last: int, forms: list[int]) -> Iterator[None]:
+    """Skips the layers behind `last`: what it leaves goes straight to the final norm."""
+    kept = list(layers)
+    try:
+        for i in range(last + 1, len(kept)):
+            layers[i] = Skipped(kept[i], forms[i])
+        yield
+    finally:
+        for i in range(last + 1, len(kept)):
+            layers[i] = kept[i]
 
 
 @contextmanager
