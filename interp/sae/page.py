@@ -108,8 +108,8 @@ def dashboard(
         if writes is not None:
             mine = writes[writes.latent == latent]
             columns += [
-                _tokens(mine[mine.sign == "+"], "makes likelier"),
-                _tokens(mine[mine.sign == "-"], "makes less likely"),
+                _tokens(mine[mine.sign == "+"], "makes likelier, logits"),
+                _tokens(mine[mine.sign == "-"], "makes less likely, logits"),
             ]
         off = "" if loss is None else _effect(loss, latent)
         parts.append(
