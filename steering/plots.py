@@ -100,7 +100,7 @@ def _controls_first(table: pd.DataFrame) -> list[str]:
 def _line(figure: Any, part: pd.DataFrame, name: str, number: int, col: int | None = None, legend: bool = True) -> None:
     import plotly.graph_objects as go
 
-    label, colour, dash = STYLES.get(name, (name, OKABE_ITO[number % len(OKABE_ITO)], "solid"))
+    label, colour, dash = _style(name, number)
     part = part.sort_values("multiplier")
     x = part["multiplier"].tolist()
     place = {} if col is None else {"row": 1, "col": col}
@@ -116,6 +116,14 @@ def _line(figure: Any, part: pd.DataFrame, name: str, number: int, col: int | No
     )  # fmt: skip
     figure.add_trace(band, **place)
     figure.add_trace(line, **place)
+
+
+def _style(name: str, number: int) -> tuple[str, str, str]:
+    """What a baseline is called, its colour and dash: random ones of any kind alike, none like the vector."""
+    if name not in STYLES and name.startswith("random"):
+        return (f"{name} (band: the middle 95 % of them)", *STYLES["random"][1:])
+    rest = OKABE_ITO[3:]
+    return STYLES.get(name, (name, rest[number % len(rest)], "solid"))
 
 
 def _faint(colour: str) -> str:

@@ -217,5 +217,8 @@ def test_a_title_says_what_was_found(values: list[float], said: str) -> None:
     assert said.replace("random vectors", "random experts") in plots.dose_response(other).layout.title.text.replace(
         "<br>", " "
     )
+    drawn = {line.name: line.line for line in plots.dose_response(other).data if line.name}
+    assert len({(line.color, line.dash) for line in drawn.values()}) == 2, "controls look unlike the vector"
+    assert drawn["random experts (band: the middle 95 % of them)"].dash == "dot"
     alone = table[table["baseline"] == "none"]
     assert "not set beside random vectors" in plots.dose_response(alone).layout.title.text.replace("<br>", " ")
