@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING, Any
 
-from interp.plots.style import DIVERGING, OKABE_ITO, finish
+from interp.plots.style import DIVERGING, OKABE_ITO, escaped, finish
 from steering.evaluate import finding
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def dose_response(table: pd.DataFrame, title: str = "", unit: str = "nats per to
     for number, name in enumerate(_controls_first(table)):
         _line(figure, table[table["baseline"] == name], name, number)
     figure.update_xaxes(title_text="multiplier", tickvals=sorted(set(table["multiplier"])), zeroline=False)
-    figure.update_yaxes(title_text=f"log P(with) - log P(without)<br>{html.escape(unit)}")
+    figure.update_yaxes(title_text=f"log P(with) - log P(without)<br>{escaped(unit)}")
     return _finish(figure, title or finding(table), 520)
 
 
@@ -109,7 +108,7 @@ def _line(figure: Any, part: pd.DataFrame, name: str, number: int, col: int | No
         fillcolor=_faint(colour), mode="lines", line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name,
     )  # fmt: skip
     line = go.Scatter(
-        x=x, y=part["value"], name=html.escape(label), legendgroup=name, showlegend=legend, mode="lines+markers",
+        x=x, y=part["value"], name=escaped(label), legendgroup=name, showlegend=legend, mode="lines+markers",
         line={"color": colour, "dash": dash, "width": 3 if name == "none" else 2},
         customdata=part[["low", "high"]],
         hovertemplate="%{x:+g}: %{y:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})<extra></extra>",

@@ -287,3 +287,10 @@ def test_titles_say_where_a_stream_carries_it() -> None:
     assert titled(plots.heat_maps(table, tokens=["The", " cat", " sat", " on"])) == (
         "resid_post gives back most at token 1 'cat' in layers 0 to 1, then token 3 'on' in layer 2"
     )
+
+
+def test_quotes_are_written_as_plotly_reads_them() -> None:
+    """plotly shows ``&quot;`` as it stands: it knows few entities by their names, and all by number."""
+    from interp.plots.style import escaped
+
+    assert escaped("say \"hi\" <b> & 'x'") == "say &#34;hi&#34; &lt;b&gt; &amp; &#x27;x&#x27;"

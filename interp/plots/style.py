@@ -79,8 +79,8 @@ def finish(figure: go.Figure, title: str, height: int = 460, top: int = 80) -> g
 
 
 def escaped(text: Any) -> str:
-    """Text for plotly, which reads some HTML in titles, ticks and hover texts."""
-    return html.escape(str(text))
+    """Text for plotly, which reads some HTML in titles, ticks and hover texts, but few entities by their names."""
+    return html.escape(str(text)).replace("&quot;", "&#34;")
 
 
 def token(text: Any) -> str:
