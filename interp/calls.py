@@ -6,9 +6,9 @@
     interp.rerun(table)                      the same call, on the same model, with the same inputs
 
 Inputs of up to 64 KiB (texts, pairs, labels) are kept themselves, larger ones as a digest, so that `rerun` asks for
-them and knows them when it sees them. An object that a recorded call made (statistics, a metric, a vector) is kept as
-that call. A model is its name and fingerprint; another one is refused. What has no written form, such as a lambda, is
-to be passed again under its argument's name.
+them and knows them when it sees them (arrays of over four million numbers by some of them, evenly spread). An object
+that a recorded call made (statistics, a metric, a vector) is kept as that call. A model is its name and fingerprint;
+another one is refused. What has no written form, such as a lambda, is to be passed again under its argument's name.
 
 Only functions marked `recorded` are ever called again, and those read: none of them writes files.
 """

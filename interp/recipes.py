@@ -18,6 +18,8 @@ from typing import Any
 
 #: Bytes of JSON up to which an argument is kept itself.
 LIMIT = 64 * 1024
+#: Numbers of an array up to which all are hashed: more would cost more than many a call that they are given to.
+WHOLE = 1 << 22
 
 _OURS = ("interp", "probes", "steering")
 _PLAIN = (type(None), bool, int, float, str)
@@ -141,16 +143,18 @@ def _array(value: Any, whole: bool) -> Any:
     import torch
 
     kind, dtype = ("$tensor" if isinstance(value, torch.Tensor) else "$array"), str(value.dtype).removeprefix("torch.")
-    size = value.numel() if kind == "$tensor" else value.size
+    size, shape = (value.numel() if kind == "$tensor" else value.size), list(value.shape)
     if 2 * size <= LIMIT:
         return {kind: _write(value.tolist(), whole), "dtype": dtype}
     if whole:
         raise TooLarge
+    if size > WHOLE:  # by evenly spread numbers, as a model's fingerprint is taken
+        value = value.reshape(-1)[:: -(-size // WHOLE)]
     if kind == "$tensor":
         flat = value.detach().cpu().contiguous()
         value = (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
     hashed = hashlib.sha256(value.tobytes() if value.dtype != object else repr(value.tolist()).encode()).hexdigest()
-    return {"$hashed": hashed, "shape": list(value.shape), "dtype": dtype}
+    return {"$hashed": hashed, "shape": shape, "dtype": dtype}
 
 
 def _frame(frame: Any, whole: bool) -> Any:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_AT_ONCE = 16  # prompts
+
+
 @recorded
 def early_decoding(
     m: Any,
@@ -83,13 +86,15 @@ def early_decoding(
     with bar("decoding early", len(layers) * len(rows)) as advance:
         for at in layers:
             with resume.shortened(stack, at, forms):
-                made = [m.generate([list(p.ids)], max_new_tokens=max_new_tokens) for p in rows]
+                runs = [m.generate([list(p.ids) for p in rows[i : i + _AT_ONCE]], max_new_tokens=max_new_tokens)
+                        for i in range(0, len(rows), _AT_ONCE)]  # fmt: skip
                 nats = log_likelihoods(m, answers, {"": []}, share=False).nats[""] if answers else None
-            for i, g in enumerate(made):
-                line: dict[str, Any] = {"layer": at, "prompt": i, "text": g.text}
+            made = [(text, ids) for run in runs for text, ids in zip(run.texts, run.new_ids.tolist(), strict=True)]
+            for i, (text, ids) in enumerate(made):
+                line: dict[str, Any] = {"layer": at, "prompt": i, "text": text}
                 if nats is not None and content is not None:
                     want = list(content[i])
-                    line |= {"value": float(nats[i]) / len(want), "said": g.new_ids[0, : len(want)].tolist() == want}
+                    line |= {"value": float(nats[i]) / len(want), "said": ids[: len(want)] == want}
                 lines.append(line)
             advance(len(rows))
     table = pd.DataFrame(lines)

@@ -292,3 +292,14 @@ def test_a_callback_is_no_obstacle(routed: interp.Model) -> None:
         interp.rerun(table, routed)
     pd.testing.assert_frame_equal(interp.rerun(table, routed, say=said.append), table)
     pd.testing.assert_frame_equal(interp.rerun(experts.remove_each(routed, stats, TEXTS, **how), routed), table)
+
+
+def test_a_large_array_is_known_by_some_of_its_numbers_and_a_smaller_one_by_all() -> None:
+    large, small = torch.zeros(recipes.WHOLE + 1), torch.zeros(recipes.WHOLE)
+    assert recipes.digest(large) == recipes.digest(large.clone())
+    assert recipes.digest(large) != recipes.digest(large + 1)
+    assert recipes.digest(large) != recipes.digest(large[:-1])
+    assert recipes.digest(large) != recipes.digest(large[None])
+    other = small.clone()
+    other[12_345] = 1
+    assert recipes.digest(small) != recipes.digest(other)

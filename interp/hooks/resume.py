@@ -59,27 +59,28 @@ def resumed(layers: nn.ModuleList, start: int, stream: Any, forms: list[int]) ->
 
     Where layers hand on more than the stream (Monet's routing), pass all that layer start - 1 returned, from `outputs`.
     """
-    kept = list(layers[:start])
-    try:
-        for i, layer in enumerate(kept):
-            layers[i] = Skipped(layer, forms[i], stream if i == start - 1 else None)
+    with _skipping(layers, [Skipped(layers[i], forms[i], stream if i == start - 1 else None) for i in range(start)], 0):
         yield
-    finally:
-        for i, layer in enumerate(kept):
-            layers[i] = layer
 
 
 @contextmanager
 def shortened(layers: nn.ModuleList, last: int, forms: list[int]) -> Iterator[None]:
     """Skips the layers behind `last`: what it leaves goes straight to the final norm."""
-    kept = list(layers)
+    rest = range(last + 1, len(layers))
+    with _skipping(layers, [Skipped(layers[i], forms[i]) for i in rest], last + 1):
+        yield
+
+
+@contextmanager
+def _skipping(layers: nn.ModuleList, stand_ins: list[Skipped], first: int) -> Iterator[None]:
+    """Puts them in the places of the layers from `first` on, for a while."""
     try:
-        for i in range(last + 1, len(kept)):
-            layers[i] = Skipped(kept[i], forms[i])
+        for i, one in enumerate(stand_ins, first):
+            layers[i] = one
         yield
     finally:
-        for i in range(last + 1, len(kept)):
-            layers[i] = kept[i]
+        for i, one in enumerate(stand_ins, first):
+            layers[i] = one.layer
 
 
 @contextmanager
