@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from interp.bridges.sae_lens import SAEError
+from interp.interrupted import salvaged
 from interp.progress import bar
 from interp.sae.architectures import drop_parallel, renormalise
 from interp.sae.expert_sae import ExpertSAE, Shape, checked, choose, load, rows
@@ -93,7 +94,8 @@ def train(
         seed: of weights and draws.
         log_every: steps between rows of ``history``.
 
-    Raises SAEError for NaN, k beyond an expert's dictionary, or a site of other shape.
+    Interrupted, it leaves the autoencoder as it was by then (`interp.unfinished`); ``rows_seen`` counts to the last row
+    of its ``history``. Raises SAEError for NaN, k beyond an expert's dictionary, or a site of other shape.
     """
     import pandas as pd
 
@@ -113,11 +115,22 @@ def train(
     w |= {"encoder": w["decoder"].clone(), "b_enc": torch.zeros(shape.d_sae)}
     optimizer = torch.optim.Adam([t.requires_grad_(True) for t in w.values()], lr, eps=6.25e-10, fused=True)
     n_rows, batch_size = n_rows or 4 * len(y), min(batch_size, len(y))
-    steps, silent, lines = max(1, n_rows // batch_size), torch.zeros(shape.d_sae), []
+    steps, silent = max(1, n_rows // batch_size), torch.zeros(shape.d_sae)
+    lines: list[dict[str, Any]] = []
     limit = shape.reach(counts.double() / len(y)) * (dead_after or n_rows // 10)
     if dead_after is not None:
         limit = torch.full_like(limit, dead_after)
-    with bar("training", total=steps) as advance:
+
+    def so_far() -> ExpertSAE | None:
+        if not lines:
+            return None
+        told = about | {"rows": len(y), "rows_seen": lines[-1]["step"] * batch_size, "lr": lr, "balance": balance,
+                        "seed": seed}  # fmt: skip
+        done = {name: t.detach() for name, t in w.items()}
+        return ExpertSAE(done["decoder"] / scale, done["encoder"] * scale, done["b_enc"], centres, k, shape, site,
+                         told, pd.DataFrame(lines))  # fmt: skip
+
+    with salvaged("sae.per_expert.train", so_far), bar("training", total=steps) as advance:
         for step in range(steps):
             at = draw(counts, batch_size, balance, generator)
             x, e = (y[at] - centres[owner[at]]) * scale, owner[at]
@@ -135,10 +148,9 @@ def train(
             if step % log_every == 0 or step + 1 == steps:
                 lines.append({"step": step + 1, "fvu": float(out.fvu), "dead": int(dead.sum())})
             advance(1, f"fvu {float(out.fvu):.4f}")
-    about |= {"rows": len(y), "rows_seen": steps * batch_size, "lr": lr, "balance": balance, "seed": seed}
-    done = {name: t.detach() for name, t in w.items()}
-    return ExpertSAE(done["decoder"] / scale, done["encoder"] * scale, done["b_enc"], centres, k, shape, site,
-                     about, pd.DataFrame(lines))  # fmt: skip
+    found = so_far()
+    assert found is not None
+    return found
 
 
 @dataclass(frozen=True)

@@ -155,3 +155,23 @@ def test_bad_input_is_refused(m: interp.Model, ids: Tensor) -> None:
         s.ablate([12])
     with pytest.raises(sae.SAEError, match="rows"):
         s.codes(y[:, 1:], owner)
+
+
+def test_an_interrupted_training_leaves_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, owner = torch.randn(200, 6), torch.arange(200) % 3
+    steps, kept = [], per_expert.renormalise
+
+    def stop(decoder: Tensor) -> None:
+        kept(decoder)
+        steps.append(decoder.detach().clone())
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(per_expert, "renormalise", stop)
+    with pytest.raises(KeyboardInterrupt):
+        per_expert.train((y, owner), "expert_out[1]", own=4, shared=2, k=2, n_rows=2000, batch_size=50, log_every=1)
+    found = interp.unfinished()
+    assert isinstance(found, per_expert.ExpertSAE)
+    assert found.about["rows_seen"] == 6 * 50
+    torch.testing.assert_close(torch.nn.functional.normalize(found.decoder, dim=1), steps[-1])
+    assert found.reconstruct(y, owner).isfinite().all()
