@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import pkgutil
 import subprocess
@@ -16,7 +17,13 @@ HEAVY = (
     "transformer_lens", "sae_lens", "nnsight", "datasets", "mlcroissant", "plotly", "pandas", "pyarrow", "sklearn",
     "scipy",
 )  # fmt: skip
-MODULES = sorted(m.name for m in pkgutil.walk_packages(interp.__path__, "interp."))
+# modules that are imported only where such a package is
+WITH = {"interp.sae.triton_kernels": "triton"}
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages(interp.__path__, "interp.")
+    if m.name not in WITH or importlib.util.find_spec(WITH[m.name])
+)
 
 
 def in_fresh_python(code: str) -> str:

@@ -19,7 +19,7 @@ ways are the same numbers up to rounding; the tests hold them against the litera
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -139,6 +139,8 @@ def bag(values: Tensor, ids: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """Weighted sums of rows of `table`: sum over the entries of bag i of values * table[ids] [bag, width]."""
     if not ids.numel():
         return table.new_zeros(len(starts) - 1, table.shape[1])
+    if gpu := _gpu(table, values):
+        return gpu.bag(values, ids, starts, table)
     return embedding_bag(
         ids, table, starts, mode="sum", per_sample_weights=values.to(table.dtype), include_last_offset=True
     )
@@ -150,10 +152,28 @@ def sampled(support: Support, x: Tensor, table: Tensor) -> Tensor:
         return (x @ table.T)[support.rows, support.ids]
     if _mkl(support, x):
         return _sampled_mkl(support, x, table)
+    if support.ids.numel() and (gpu := _gpu(x, table)):
+        return gpu.sampled(support.rows, support.ids, x, table)
     pieces = [
         (x[r] * table[i]).sum(-1) for r, i in zip(support.rows.split(_BLOCK), support.ids.split(_BLOCK), strict=True)
     ]
     return torch.cat(pieces) if pieces else x.new_zeros(0)
+
+
+def _gpu(*given: Tensor) -> Any:
+    """The Triton kernels, where there is a GPU with Triton and nothing given is differentiated through them."""
+    if not all(t.is_cuda for t in given) or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return None
+    return _triton()
+
+
+@cache
+def _triton() -> Any:
+    try:
+        from interp.sae import triton_kernels
+    except ImportError:  # builds of torch for other devices do not bring it
+        return None
+    return triton_kernels
 
 
 def _mkl(support: Support, x: Tensor) -> bool:
@@ -170,8 +190,13 @@ def _csr(starts: Tensor, ids: Tensor, values: Tensor, shape: tuple[int, int]) ->
 
 def _sampled_mkl(support: Support, x: Tensor, table: Tensor) -> Tensor:
     nothing = x.new_zeros(support.ids.numel())
-    pattern = _csr(support.starts, support.ids, nothing, (support.n_rows, support.d_sae))
-    return torch.sparse.sampled_addmm(pattern, x, table.T, beta=0.0).values()
+    if support.d_sae <= support.n_rows:
+        pattern = _csr(support.starts, support.ids, nothing, (support.n_rows, support.d_sae))
+        return torch.sparse.sampled_addmm(pattern, x, table.T, beta=0.0).values()
+    # latent by latent: the larger matrix is read from front to back, and the smaller one by rows here and there
+    order, rows, starts = support.by_latent
+    pattern = _csr(starts, rows, nothing, (support.d_sae, support.n_rows))
+    return nothing.index_copy_(0, order, torch.sparse.sampled_addmm(pattern, table, x.T, beta=0.0).values())
 
 
 def transposed(support: Support, values: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -182,6 +207,8 @@ def transposed(support: Support, values: Tensor, x: Tensor, out: Tensor | None =
     if out is not None and _mkl(support, x):
         matrix = _csr(starts, rows, values[order].to(x.dtype), (support.d_sae, support.n_rows))
         return torch.addmm(out, matrix, x, beta=0, out=out)
+    if len(rows) and (gpu := _gpu(x, values)):
+        return gpu.bag(values[order], rows, starts, x, out)
     return bag(values[order], rows, starts, x)
 
 

@@ -1,44 +1,23 @@
 """Which latents fire: from activations to the support of their code, and its values.
 
-Pre-activations are computed for a thousand tokens at a time into one buffer, and what is not chosen is never kept: the
-matrix [token, latent] of a batch (300 MB at 18,432 latents) is never whole. Choices are exact, ties aside.
+Pre-activations are computed for a thousand tokens at a time into one buffer (`dense`), and what is not chosen is never
+kept: the matrix [token, latent] of a batch (300 MB at 18,432 latents) is never whole. Choices are exact, ties aside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from interp.sae import dense
 from interp.sae.kernels import Scratch, Support
 from interp.sae.shards import WHOLE, Shard
 
-CHUNK = 1024  # tokens
 BUSY = 0.05  # share of entries
 _GROUPS = 8
 _MARGIN = 0.8  # of the expected threshold of a batch: what is above it is looked at
 
 Chosen = tuple[Support, Tensor]
-
-
-def chunks(
-    x: Tensor, encoder: Tensor, bias: Tensor, half: bool = False, scratch: Scratch | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """(first token, pre-activations [token, d_sae]); the buffer is used again for the next.
-
-    With `half` the products are taken in bfloat16.
-    """
-    if half:
-        short = encoder.bfloat16()
-        for start in range(0, len(x), CHUNK):
-            yield start, (x[start : start + CHUNK].bfloat16() @ short.T).float().add_(bias)
-        return
-    shape = (min(CHUNK, len(x)), len(encoder))
-    buffer = x.new_empty(shape) if scratch is None else scratch("p", shape, x)
-    for start in range(0, len(x), CHUNK):
-        part = x[start : start + CHUNK]
-        yield start, torch.addmm(bias, part, encoder.T, out=buffer[: len(part)])
 
 
 def _nonzero(mask: Tensor) -> Tensor:
@@ -55,7 +34,7 @@ def top_k(x: Tensor, encoder: Tensor, bias: Tensor, k: int, half: bool = False, 
           scratch: Scratch | None = None) -> Chosen:  # fmt: skip
     """The k largest pre-activations of each token, and their values, negative ones included."""
     ids, values = [], []
-    for _, p in chunks(x, encoder, bias, half, scratch):
+    for _, p in dense.chunks(x, encoder, bias, half, scratch):
         value, place = largest(p, min(k, len(encoder)))
         ids.append(place)
         values.append(value)
@@ -76,13 +55,28 @@ def largest(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     width = p.shape[1] // _GROUPS
     if p.shape[1] % _GROUPS or width < 4 * max(1, k):
-        top = p.topk(k, dim=1, sorted=False)
-        return top.values, top.indices
+        return _largest_of_few(p, k)
     groups = largest(p.view(len(p), _GROUPS, width).amax(1), k)[1]
     steps = torch.arange(_GROUPS, device=p.device)[:, None] * width
     candidates = (groups[:, None, :] + steps).flatten(1)
-    top = p.gather(1, candidates).topk(k, dim=1, sorted=False)
-    return top.values, candidates.gather(1, top.indices)
+    values, place = _largest_of_few(p.gather(1, candidates), k)
+    return values, candidates.gather(1, place)
+
+
+def _largest_of_few(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same for short rows. NumPy finds a row's k-th largest entry five times quicker than torch its k largest."""
+    if p.device.type == "cpu" and p.dtype == torch.float32 and 0 < k < p.shape[1]:
+        import numpy as np
+
+        least = torch.from_numpy(np.partition(p.detach().numpy(), -k, axis=1)[:, -k])
+        found = _nonzero(p >= least[:, None])
+        if len(found) == k * len(p):  # else entries are equal, or NaN
+            found = found.view(len(p), k)
+            place = found - torch.arange(len(p))[:, None] * p.shape[1]
+            if place.min() >= 0 and place.max() < p.shape[1]:
+                return p.gather(1, place), place
+    top = p.topk(k, dim=1, sorted=False)
+    return top.values, top.indices
 
 
 @torch.no_grad()
@@ -90,7 +84,7 @@ def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float, h
           scratch: Scratch | None = None) -> Chosen:  # fmt: skip
     """All pre-activations above a threshold (one number, or one per latent [d_sae]), and their values."""
     places, values = [], []
-    for start, p in chunks(x, encoder, bias, half, scratch):
+    for start, p in dense.chunks(x, encoder, bias, half, scratch):
         over = p > threshold if scratch is None else _over(p, threshold, scratch)
         found = _nonzero(over)
         places.append(found + start * len(encoder))
@@ -100,7 +94,7 @@ def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor | float, h
 
 def _over(p: Tensor, threshold: Tensor | float, scratch: Scratch) -> Tensor:
     """p > threshold, in memory that is kept."""
-    out = scratch("over", (CHUNK, p.shape[1]), p, torch.bool)[: len(p)]
+    out = scratch("over", (dense.CHUNK, p.shape[1]), p, torch.bool)[: len(p)]
     return torch.gt(p, torch.as_tensor(threshold, device=p.device), out=out)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 
-from interp.sae import select
+from interp.sae import dense, select
 from interp.sae.kernels import Scratch, Support, bag, decode, pre_activations, sampled, transposed
 
 
@@ -18,9 +19,40 @@ def test_largest_are_the_largest(width: int, k: int) -> None:
     assert torch.equal(p.gather(1, places), values)
 
 
+def test_equal_entries_and_nan_are_chosen_as_by_torch() -> None:
+    p = torch.randn(20, 30)
+    p[3] = 1.0
+    p[5, :7] = p[5].max()
+    values, places = select.largest(p, 4)
+    assert torch.equal(values.sort(descending=True).values, p.topk(4).values)
+    assert torch.equal(p.gather(1, places), values)
+    assert all(len(set(row)) == 4 for row in places.tolist())
+    p[8, 2] = torch.nan
+    assert bool(select.largest(p, 4)[0][8].isnan().any())
+
+
+@pytest.mark.parametrize("library", ["torch", "NumPy"])
+@pytest.mark.parametrize("n", [dense.FEW - 1, 700])
+def test_pre_activations_are_the_dense_product(library: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By both libraries, whichever this processor has; in several chunks, with memory that is used again."""
+    blas = ThreadpoolController().select(internal_api="openblas") if library == "NumPy" else None
+    monkeypatch.setattr(dense, "_openblas", lambda: blas)
+    monkeypatch.setattr(dense, "CHUNK", 200)
+    before = ThreadpoolController().info()
+    scratch = Scratch()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x, encoder, bias = torch.randn(n, 33), torch.randn(90, 33, requires_grad=True), torch.randn(90)
+        with torch.no_grad():
+            found = {start: p.clone() for start, p in dense.chunks(x, encoder, bias, scratch=scratch)}
+        assert list(found) == list(range(0, n, 200))
+        torch.testing.assert_close(torch.cat(list(found.values())), x @ encoder.T + bias, rtol=1e-5, atol=1e-5)
+    assert ThreadpoolController().info() == before  # the library's own number of threads stands again
+
+
 @pytest.mark.parametrize("guess", [0.0, 0.5, 1.9, 50.0], ids=["none", "low", "near", "far too high"])
 def test_batch_topk_does_not_depend_on_the_guess(guess: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "CHUNK", 50)  # several chunks, the last one smaller
+    monkeypatch.setattr(dense, "CHUNK", 50)  # several chunks, the last one smaller
     x, encoder, bias = torch.randn(170, 9), torch.randn(30, 9), torch.randn(30)
     p = (x @ encoder.T + bias).relu()
     support, values = select.batch_top_k(x, encoder, bias, 2.5, guess)
