@@ -198,12 +198,13 @@ def test_ticks_of_a_log_axis_are_written_out() -> None:
     assert plots.style.log_ticks([0.0, -1.0]) == {}
 
 
-def test_a_frontiers_figure_is_of_the_one_template() -> None:
-
-    table = saes().assign(best=[True] * 6)
-    figure = plots.pareto(table.replace({"metric": {"ce_recovered": "fvu"}}))
-    assert figure.layout.title.text.startswith("&lt;b&gt;x&lt;/b&gt; leaves least unexplained: 60%")
-    assert figure.layout.template.layout.colorway == plots.OKABE_ITO
+def test_a_frontier_of_what_is_unexplained_joins_the_lowest() -> None:
+    table = saes().replace({"metric": {"ce_recovered": "fvu"}})
+    figure = plots.sae_frontier(table)
+    wide = table.pivot_table(index="name", columns="metric", values="value").sort_values("l0")
+    lowest = [x for x, y in zip(wide.l0, wide.fvu, strict=True) if y <= wide.fvu[wide.l0 <= x].min()]
+    assert list(figure.data[0].x) == lowest
+    assert f"leaves {wide.fvu.min():.0%} of the variance unexplained" in titled(figure)
 
 
 def removal_table(own: float, other: float, random: float) -> pd.DataFrame:

@@ -8,14 +8,14 @@ template, palette and way to save (`interp.plots.style`), and set nothing global
 
     where in the model       expert_heat, heat_maps (patching), layer_curve, overview
     on which tokens          routing, token_highlight
-    how much                 dose_response, distributions, domain_matrix, frontiers, pareto, sae_frontier
+    how much                 dose_response, distributions, domain_matrix, frontiers, sae_frontier
     what belongs together    circuit, coactivation, feature_card
 """
 
 from __future__ import annotations
 
 from interp.plots.card import feature_card
-from interp.plots.curves import distributions, dose_response, layer_curve, pareto, sae_frontier
+from interp.plots.curves import distributions, dose_response, layer_curve, sae_frontier
 from interp.plots.graphs import coactivation
 from interp.plots.heat import expert_heat, routing, token_highlight
 from interp.plots.overview import overview
@@ -38,7 +38,6 @@ __all__ = [
     "heat_maps",
     "layer_curve",
     "overview",
-    "pareto",
     "picture",
     "routing",
     "sae_frontier",

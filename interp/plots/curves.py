@@ -74,44 +74,44 @@ def layer_curve(
     return finish(figure, title)
 
 
-def sae_frontier(table: pd.DataFrame, title: str = "", metric: str = "ce_recovered") -> go.Figure:
-    """Loss recovered over latents per token, a point per SAE with its interval; upper left is better.
+def sae_frontier(table: pd.DataFrame, title: str = "", metric: str | None = None) -> go.Figure:
+    """What SAEs give back, or leave unexplained, over latents per token: a point per SAE with its interval.
 
     Args:
         table: columns name, metric, value, low, high: of `sae.pareto`. The line joins the SAEs that no other beats in
             both.
-        title: what the figure shows; escaped here. By default it names the SAE that gives back most, and the smallest.
-        metric: the vertical axis, higher is better.
+        title: what the figure shows; escaped here. By default it names the best SAE, and the smallest.
+        metric: the vertical axis. By default "ce_recovered" where the table has it (upper left is better), which takes
+            a model, and else "fvu" (lower left is better).
     """
     import numpy as np
     import plotly.graph_objects as go
 
     needs(table, ("name", "metric", "value"), "sae_frontier", "sae.pareto")
     wide = table.pivot_table(index="name", columns="metric", values="value")
+    metric = metric or ("ce_recovered" if "ce_recovered" in wide else "fvu")
     needs(wide, ("l0", metric), "sae_frontier", "sae.pareto with a model and texts")
     wide = wide.sort_values("l0")
     bounds = table[table["metric"] == metric].set_index("name") if "low" in table else None
-    best, front = -float("inf"), []
-    for name, row in wide.iterrows():
-        if row[metric] > best:
-            best = row[metric]
-            front.append(name)
+    gain = -wide[metric] if metric in found.LESS_IS_BETTER else wide[metric]
+    front = wide[gain > gain.cummax().shift(fill_value=-float("inf"))]
     error = None
     if bounds is not None and bounds["low"].notna().all():
         ordered = bounds.loc[wide.index]
         error = {"type": "data", "symmetric": False, "array": ordered["high"] - ordered["value"],
                  "arrayminus": ordered["value"] - ordered["low"]}  # fmt: skip
     figure = go.Figure()
-    edge = wide.loc[front]
     dashed = {"color": OKABE_ITO[0], "dash": "dash"}
-    figure.add_trace(go.Scatter(x=edge["l0"], y=edge[metric], mode="lines", line=dashed,
+    figure.add_trace(go.Scatter(x=front["l0"], y=front[metric], mode="lines", line=dashed,
                                 name="no other SAE is better in both", hoverinfo="skip"))  # fmt: skip
+    log = bool((wide["l0"] > 0).all())  # a constant has none
+    beside = ("top right", "bottom left") if metric in found.LESS_IS_BETTER else ("bottom right", "top left")
     figure.add_trace(
         go.Scatter(
             x=wide["l0"], y=wide[metric], mode="markers+text", name="SAEs", hovertext=[escaped(n) for n in wide.index],
             # names where they have room: of the best, if there are many
-            text=[escaped(n) if len(wide) <= 6 or n in front else "" for n in wide.index],
-            textposition=sides(np.log(wide["l0"]), "bottom right", "top left"),
+            text=[escaped(n) if len(wide) <= 6 or n in front.index else "" for n in wide.index],
+            textposition=sides(np.log(wide["l0"]) if log else wide["l0"], *beside),
             error_y=error, marker={"size": 10, "color": OKABE_ITO[1]}, cliponaxis=False,
             hovertemplate="%{hovertext}: L0 %{x:.1f}, %{y:.3f}<extra></extra>",
         )
@@ -119,38 +119,14 @@ def sae_frontier(table: pd.DataFrame, title: str = "", metric: str = "ce_recover
     names = {
         "ce_recovered": "loss recovered (share)",
         "explained_variance": "variance explained (share)",
+        "fvu": "variance unexplained (FVU, share)",
     }
-    ticks = [2**i for i in range(24) if wide["l0"].min() / 2 < 2**i < wide["l0"].max() * 2]
-    figure.update_xaxes(title_text="latents per token (L0, log scale)", type="log", tickvals=ticks)
+    figure.update_xaxes(title_text="latents per token (L0)")
+    if log:
+        ticks = [2**i for i in range(24) if wide["l0"].min() / 2 < 2**i < wide["l0"].max() * 2]
+        figure.update_xaxes(title_text="latents per token (L0, log scale)", type="log", tickvals=ticks)
     figure.update_yaxes(title_text=names.get(metric, escaped(metric)))
     return finish(figure, title or found.saes(table, metric))
-
-
-def pareto(table: pd.DataFrame, title: str = "") -> go.Figure:
-    """SAEs by variance unexplained (FVU) against latents per token (L0); those that none beats in both are joined.
-
-    Args:
-        table: from `sae.pareto`, one line per SAE and metric.
-        title: of the figure; escaped here. By default it names the SAE that leaves least unexplained.
-    """
-    import plotly.graph_objects as go
-
-    wide = table.pivot_table(index="name", columns="metric", values="value").sort_values("l0")
-    best = table.drop_duplicates("name").set_index("name").best
-    front = wide[[bool(best[name]) for name in wide.index]]
-    figure = go.Figure(
-        go.Scatter(x=wide.l0, y=wide.fvu, mode="markers+text", text=[escaped(name) for name in wide.index], name="SAEs",
-                   textposition=sides(wide.l0, "top right", "bottom left"),
-                   marker={"size": 10, "color": OKABE_ITO[1]}, cliponaxis=False)
-    )  # fmt: skip
-    dashed = {"color": OKABE_ITO[0], "dash": "dash"}
-    figure.add_scatter(x=front.l0, y=front.fvu, mode="lines", hoverinfo="skip", line=dashed,
-                       name="no other SAE is better in both")  # fmt: skip
-    figure.update_xaxes(title_text="latents per token (L0)")
-    figure.update_yaxes(title_text="variance unexplained (FVU, share)", rangemode="tozero")
-    least = str(wide.fvu.idxmin())
-    much = f"{wide.fvu[least]:.0%} of the variance, with {wide.l0[least]:.0f} latents a token"
-    return finish(figure, title or f"{least} leaves least unexplained: {much}")
 
 
 def distributions(

@@ -104,13 +104,20 @@ def feature(contexts: pd.DataFrame, writes: pd.DataFrame | None = None, name: st
     return f"{name} {said}".strip()
 
 
+#: Metrics of SAEs of which less is better.
+LESS_IS_BETTER = ("fvu",)
+
+
 def saes(table: pd.DataFrame, metric: str = "ce_recovered") -> str:
-    """Of `sae.pareto`: which SAE gives back most, at how many latents a token, and how the smallest does."""
+    """Of `sae.pareto`: which SAE gives back most (or leaves least), at how many latents a token, and the smallest."""
     wide = table.pivot_table(index="name", columns="metric", values="value")
-    best: Any = wide[metric].idxmax()
+    less = metric in LESS_IS_BETTER
+    best: Any = wide[metric].idxmin() if less else wide[metric].idxmax()
     least: Any = wide["l0"].idxmin()
-    what = {"ce_recovered": "of the loss", "explained_variance": "of the variance"}.get(metric, metric)
-    said = f"{best} gives back {wide.loc[best, metric]:.0%} {what} with {wide.loc[best, 'l0']:.0f} latents a token"
+    what = {"ce_recovered": "of the loss", "explained_variance": "of the variance", "fvu": "of the variance"}
+    share = f"{wide.loc[best, metric]:.0%} {what.get(metric, metric)}"
+    said = f"{best} {'leaves' if less else 'gives back'} {share}{' unexplained' * less}"
+    said += f" with {wide.loc[best, 'l0']:.0f} latents a token"
     if best == least:
         return f"{said}, and none needs fewer"
     return f"{said}, {least} {wide.loc[least, metric]:.0%} with {wide.loc[least, 'l0']:.0f}"

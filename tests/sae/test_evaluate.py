@@ -136,8 +136,10 @@ def test_a_pareto_table_and_its_figure() -> None:
     best = table.drop_duplicates("name").set_index("name").best
     assert best["exact <b>"]
     assert best["mean"]
-    figure = plots.pareto(table)
-    assert "exact &lt;b&gt;" in figure.data[0].text
+    figure = plots.sae_frontier(table)  # no loss without a model: variance unexplained, on a plain axis from L0 = 0
+    assert "exact &lt;b&gt;" in figure.data[1].text
+    assert figure.layout.xaxis.type is None
+    assert list(figure.data[0].x) == sorted(table[table.metric.eq("l0") & table.best].value)
 
 
 def test_sources_are_checked(m: interp.Model) -> None:
