@@ -17,7 +17,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _steer_data as data
 import numpy as np
@@ -32,15 +32,24 @@ from steering.tasks import TEMPLATE, Template, first_token, prompts, right, zero
 
 TASKS = ["capitalize_first_letter", "capitalize", "lowercase_first_letter", "word_length", "country-capital",
          "product-company"]  # fmt: skip
-SHOTS, PROMPTS, TRIALS, CHOOSING = 10, 60, 20, 20
+SHOTS = 10
 LAYERS, HEADS, MULTIPLIERS, DRAWS = (8, 12, 15), (10, 20, 40), (1.0, 2.0, 4.0), 5
 #: Many tokenizers cut " 5" into a space and a digit; the first token of every answer would then be the space.
 TEMPLATES = {"word_length": ("Q: {}\nA:", "", "\n\n")}
 
 
+class Sizes(NamedTuple):
+    """How many prompts heads are read from, shuffled prompts their effects are measured in, and examples choose."""
+
+    prompts: int = 60
+    trials: int = 20
+    choosing: int = 20
+
+
 def function_vectors(
-    m: Any, directory: Path, out: Path, *, items: int, controls: int, only: list[str] | None = None
-) -> Iterator[dict[str, Any]]:
+    m: Any, directory: Path, out: Path, *, items: int, controls: int, only: list[str] | None = None,
+    sizes: Sizes | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One row per task: 10-shot accuracy, zero-shot accuracy, and that with each vector, [mean, low, high].
 
     Args:
@@ -50,24 +59,25 @@ def function_vectors(
         items: how many held-out examples are scored.
         controls: not used; the random heads are drawn `DRAWS` times.
         only: the tasks' names; default `TASKS`.
+        sizes: of the draws.
     """
     for name, examples in data.tasks(directory, only or TASKS).items():
         file = out / f"function-vector-{name}.json"
         if not file.exists():
             template = TEMPLATES.get(name, TEMPLATE)
-            file.write_text(json.dumps({"task": name} | _task(m, examples, items, template)))
+            file.write_text(json.dumps({"task": name} | _task(m, examples, items, template, sizes or Sizes())))
         yield json.loads(file.read_text())
 
 
-def _task(m: Any, examples: list[tuple[str, str]], items: int, template: Template) -> dict[str, Any]:
-    choosing, test = examples[:CHOOSING], examples[CHOOSING : CHOOSING + items]
-    train = examples[CHOOSING + items :][:400]
-    asked = prompts(train, PROMPTS, SHOTS, template=template)
+def _task(m: Any, examples: list[tuple[str, str]], items: int, template: Template, sizes: Sizes) -> dict[str, Any]:
+    choosing, test = examples[: sizes.choosing], examples[sizes.choosing : sizes.choosing + items]
+    train = examples[sizes.choosing + items :][:400]
+    asked = prompts(train, sizes.prompts, SHOTS, template=template)
     good = right(m, asked, batch_tokens=512)
     kept = [item for item, ok in zip(asked, good, strict=True) if ok]
     if not kept:
         return {"10-shot": 0.0, "note": "the model has no such task to read"}
-    tables, heads = _vectors(m, train, kept, template)
+    tables, heads = _vectors(m, train, kept, template, sizes.trials)
     runs: dict[Any, list[Any]] = {None: []}
     for (name, layer, n, draw), vector in tables.items():
         v = SteeringVector.of(m, {f"resid_post[{layer}]": vector})
@@ -75,8 +85,10 @@ def _task(m: Any, examples: list[tuple[str, str]], items: int, template: Templat
     chosen = _best(_asked(m, zero_shot(choosing, template), runs))
     runs = {key: edits for key, edits in runs.items() if key is None or key[:4] in chosen.values()}
     scored = _asked(m, zero_shot(test, template), runs)
+    mixed = right(m, prompts(train, sizes.prompts, SHOTS, shuffled=True, template=template), batch_tokens=512)
     row: dict[str, Any] = {
-        "10-shot": round(sum(good) / len(good), 3), "kept": len(kept), "scored": len(test), "heads": heads,
+        "10-shot": round(sum(good) / len(good), 3), "10-shot, shuffled": round(sum(mixed) / len(mixed), 3),
+        "kept": len(kept), "scored": len(test), "heads": heads,
         "zero-shot": {"accuracy": _interval(scored[None][:, 0]), "log P": _interval(scored[None][:, 1])},
     }  # fmt: skip
     each = {}
@@ -97,7 +109,7 @@ def _task(m: Any, examples: list[tuple[str, str]], items: int, template: Templat
 
 
 def _vectors(
-    m: Any, train: list[tuple[str, str]], kept: list[tuple[str, str]], template: Template
+    m: Any, train: list[tuple[str, str]], kept: list[tuple[str, str]], template: Template, trials: int
 ) -> tuple[dict[tuple[str, int, int, int], Any], list[Any]]:
     """((name, layer, heads, draw) -> vector, the ten heads of largest effect)."""
     streams = sites_at(m, list(LAYERS))
@@ -107,7 +119,7 @@ def _vectors(
     shuffled = {s: x.mean(0) for s, x in _last(m, mixed, heads).items()}
     usual = token_mean(m, _pairs.texts(m, data.NEUTRAL), [*heads, *streams])
     means = {s: task[s] for s in heads}
-    broken = prompts(train, TRIALS, SHOTS, shuffled=True, seed=1, template=template)
+    broken = prompts(train, trials, SHOTS, shuffled=True, seed=1, template=template)
     table = sorted(effects(m, broken, means).items(), key=lambda x: -x[1])
     rng, found = random.Random(3), {}
     for n in HEADS:

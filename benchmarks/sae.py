@@ -2,6 +2,7 @@
 
     python benchmarks/sae.py                                    # topk and batchtopk at 4608 and 18432 latents
     python benchmarks/sae.py --arch standard gated jumprelu --d-sae 4608 --fires 64     # as far on in their training
+    python benchmarks/sae.py --peers FOLDER                     # also dictionary-learning and sparsify (`_sae_peers`)
     python benchmarks/sae.py --curve --steps 200 --seeds 3      # the same loss curve: final FVU of both
 
 Both train the same SAE: SAELens's initial weights, its parameterisation (free decoder norms, choices made as if they
@@ -23,6 +24,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +33,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 from _clock import interleave
+from _sae_peers import peers
 from torch import Tensor
 
 from interp.sae.settings import Settings, complete
@@ -116,7 +119,9 @@ def quietened(like: Any, pool: Tensor, fires: int) -> Any:
     return like
 
 
-def timed(arch: str, d_sae: int, batch: int, rounds: int, seconds: float, half: bool, fires: int) -> dict[str, Any]:
+def timed(
+    arch: str, d_sae: int, batch: int, rounds: int, seconds: float, half: bool, fires: int, folder: Path | None
+) -> dict[str, Any]:
     pool = activations(8 * batch)
     runs: dict[str, Any] = {}
     first = theirs(arch, d_sae, 10**9, batch, 0)
@@ -131,6 +136,9 @@ def timed(arch: str, d_sae: int, batch: int, rounds: int, seconds: float, half: 
         second = theirs(arch, d_sae, 10**9, batch, 0, autocast=True)
         runs["interp, bfloat16"] = lambda: short.step({"x": next(feed)})
         runs["SAELens, autocast"] = lambda: second.step(next(feed))
+    others = peers(folder, arch, D_IN, d_sae, K) if folder else {}
+    for name, step in others.items():
+        runs[name] = lambda step=step: step(next(feed))
     times = interleave(runs, rounds, seconds=seconds, warmups=1)
     best = min((n for n in times if n.startswith("SAELens")), key=lambda n: times[n].best)
     our_best = min((n for n in times if n.startswith("interp")), key=lambda n: times[n].best)
@@ -144,6 +152,9 @@ def timed(arch: str, d_sae: int, batch: int, rounds: int, seconds: float, half: 
     row |= {"ratio": round(a.best / b.best, 2), "ratio of CPU": round(min(a.cpu) / min(b.cpu), 2),
             "ratio of medians": round(statistics.median(a.wall) / statistics.median(b.wall), 2),
             "rounds": len(b.wall), "activations/s": round(batch / b.best)}  # fmt: skip
+    for name in others:
+        row[f"ratio to {name}"] = round(times[name].best / b.best, 2)
+        row[f"ratio of medians to {name}"] = round(statistics.median(times[name].wall) / statistics.median(b.wall), 2)
     return row
 
 
@@ -194,6 +205,7 @@ def main() -> None:
     parser.add_argument("--fires", type=int, default=0, help="latents that fire for a token, of those with a ReLU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--bfloat16", action="store_true", help="also both with bfloat16; for processors that have it")
+    parser.add_argument("--peers", type=Path, help="a folder that has dictionary-learning and eai-sparsify")
     parser.add_argument("--curve", action="store_true", help="compare the loss instead of the time")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
@@ -206,7 +218,7 @@ def main() -> None:
             if a.curve:
                 rows += curve(arch, d_sae, a.batch, a.steps, a.seeds)
             else:
-                rows.append(timed(arch, d_sae, a.batch, a.rounds, a.seconds, a.bfloat16, a.fires))
+                rows.append(timed(arch, d_sae, a.batch, a.rounds, a.seconds, a.bfloat16, a.fires, a.peers))
             for row in rows[-a.seeds if a.curve else -1 :]:
                 print(json.dumps(row), flush=True)
     if a.json:

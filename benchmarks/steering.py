@@ -7,10 +7,10 @@
     python benchmarks/steering.py --function-vectors DIR       in-context tasks without examples
     python benchmarks/steering.py --papers                     entropy of a bandit's player, activation addition, ...
 
-Cost, generation: seconds per call with and without a vector in force, at batch 1 and 16, interleaved in shuffled
-order: the median of the same-round ratios with its 95 % interval over rounds, by wall clock and by CPU time. The target
-is at most 1.03 x. "again" is the plain call a second time: what the machine's own noise amounts to.
-On a shared machine that noise is above the target, so `--only fixed` counts what a vector adds to a token by itself.
+Cost, generation: seconds per call with and without a vector in force, at batch 1 and 16, token by token in turns
+(`_turns`): a call is the sum over its tokens of the median over rounds, with a 95 % interval over rounds, by wall clock
+and by CPU time. The target is at most 1.03 x. "again" is the plain call a second time: the machine's own noise.
+`--only fixed` counts what a vector adds to a token by itself.
 
 Cost, sweep: `steering.sweep` beside the loop of repeng and steering-vectors, that is, for each layer and multiplier one
 forward pass over each whole prompt with answer under a forward hook. `--peer` names a folder with steering-vectors
@@ -31,6 +31,7 @@ sys.path.append(sys.path.pop(sys.path.index(str(Path(__file__).parent.resolve())
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import time
@@ -39,7 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _clock import interleave
+from _turns import Turn, by_turns
 
 import interp
 import steering
@@ -57,24 +58,42 @@ def questions(n: int) -> list[tuple[str, str, str]]:
     return [(frame.format(things[i % 10], i), "I would love to see it.", "I would not go near it.") for i in range(n)]
 
 
-def generation(m: Any, batch: int, tokens: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Generating `tokens` new tokens with a vector in force, over the same without: by wall clock and by CPU time."""
+def generation(models: dict[str, Any], batch: int, tokens: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Generating `tokens` new tokens with a vector in force, over the same without: by wall clock and by CPU time.
+
+    `models` are one model, loaded once for each way. A round is a whole call of every way, its tokens by turns; what
+    a call takes is the sum over its tokens of the median over rounds, and the interval is over rounds drawn anew.
+    """
+    m = models["steered"]
     v = steering.SteeringVector.of(m, {f"resid_post[{m.n_layers // 2}]": 0.01 * torch.randn(m.d_model)})
-    prompts = m.tokens([p for p, _, _ in questions(batch)])
+    prompts = [p for p, _, _ in questions(batch)]
 
-    def plain() -> Any:
-        return m.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens)
+    def call(turn: Turn) -> None:
+        model = models[turn.name]
+        with model.intervene(v) if turn.name == "steered" else contextlib.nullcontext():
+            model.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens, streamer=turn)
 
-    def steered() -> Any:
-        with m.intervene(v):
-            return m.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens)
-
-    times = interleave({"plain": plain, "again": plain, "steered": steered}, rounds, seconds=seconds)
-    row: dict[str, Any] = {"case": f"generate, batch {batch}, {tokens} tokens", "rounds": len(times["plain"].wall),
-                           "seconds": round(statistics.median(times["plain"].wall), 3)}  # fmt: skip
-    for name in ("steered", "again"):
-        row[name] = middle(times[name].wall, times["plain"].wall)
-        row[f"{name}, CPU time"] = middle(times[name].cpu, times["plain"].cpu)
+    taken: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in models}
+    start = time.perf_counter()
+    for number in range(-1, rounds):
+        if number >= 3 and time.perf_counter() - start > seconds:
+            break
+        gc.collect()
+        spent = by_turns(dict.fromkeys(models, call), number)
+        if number >= 0:
+            for name in models:
+                taken[name].append(spent[name])
+    found = {name: np.array(spent) for name, spent in taken.items()}  # [round, token, clock]
+    drawn = np.random.default_rng(0).integers(0, len(found["plain"]), (1000, len(found["plain"])))
+    drawn = np.concatenate([np.arange(len(found["plain"]))[None], drawn])
+    per_call = {name: np.array([np.median(spent[rows], 0).sum(0) for rows in drawn]) for name, spent in found.items()}
+    row: dict[str, Any] = {"case": f"generate, batch {batch}, {tokens} tokens", "rounds": len(found["plain"]),
+                           "seconds": round(float(per_call["plain"][0, 0]), 3)}  # fmt: skip
+    for name in [n for n in models if n != "plain"]:
+        ratio = per_call[name] / per_call["plain"]
+        for clock, suffix in enumerate(("", ", CPU time")):
+            low, high = np.quantile(ratio[1:, clock], [0.025, 0.975])
+            row[name + suffix] = [round(float(x), 4) for x in (ratio[0, clock], low, high)]
     return row
 
 
@@ -217,8 +236,9 @@ def cost(m: Any, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if given.only in (None, "fixed"):
         yield fixed(m, [int(b) for b in given.batches.split(",")], given.tokens, given.seconds / 4)
     if given.only in (None, "generate"):
+        models = {"plain": m, "again": interp.load(given.model), "steered": interp.load(given.model)}
         for batch in map(int, given.batches.split(",")):
-            yield generation(m, batch, given.tokens, given.rounds, given.seconds)
+            yield generation(models, batch, given.tokens, given.rounds, given.seconds)
 
 
 def effect(m: Any, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -236,9 +256,10 @@ def effect(m: Any, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield from equal_kl(m, given.equal_kl, layer=given.layer, fit=given.fit, items=given.items or 12,
                             chat=not given.plain, kl=given.kl, **shared)  # fmt: skip
     if given.function_vectors:
-        from _steer_functions import function_vectors
+        from _steer_functions import Sizes, function_vectors
 
-        yield from function_vectors(m, given.function_vectors, items=given.items or 40, **shared)
+        sizes = Sizes(given.prompts, given.trials, given.choosing)
+        yield from function_vectors(m, given.function_vectors, items=given.items or 40, sizes=sizes, **shared)
     if given.papers:
         from _steer_papers import papers
 
@@ -260,6 +281,9 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without the chat template")
     parser.add_argument("--out", type=Path, default=Path("steering-results"))
     parser.add_argument("--items", type=int, help="held-out items; for the sweep's cost, its items")
+    parser.add_argument("--prompts", type=int, default=60, help="from which function vectors are read")
+    parser.add_argument("--trials", type=int, default=20, help="shuffled prompts for the effects of heads")
+    parser.add_argument("--choosing", type=int, default=20, help="examples that choose a function vector's settings")
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batches", default="1,16")
