@@ -19,29 +19,39 @@ from torch import Tensor
 
 Step = Callable[[Tensor], Any]
 TRAINERS = {"topk": ("top_k", "TopKTrainer"), "batchtopk": ("batch_top_k", "BatchTopKTrainer"),
-            "matryoshka": ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer")}  # fmt: skip
+            "matryoshka": ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer"),
+            "panneal": ("p_anneal", "PAnnealTrainer")}  # fmt: skip
 
 
-def peers(folder: Path, arch: str, d_in: int, d_sae: int, k: int) -> dict[str, Step]:
-    """The steps of those that offer this architecture, by name."""
+def peers(folder: Path, arch: str, d_in: int, d_sae: int, k: int, x: Tensor, fires: int) -> dict[str, Step]:
+    """The steps of those that offer this architecture, by name.
+
+    Those with a ReLU are given a bias under which `fires` latents of an activation in `x` exceed 0 (0: as they are).
+    """
     sys.path.append(str(folder))
     found: dict[str, Step] = {}
     if arch in TRAINERS:
-        found["dictionary-learning"] = _dictionary_learning(arch, d_in, d_sae, k)
+        found["dictionary-learning"] = _dictionary_learning(arch, d_in, d_sae, k, x, fires)
     if arch == "topk":
         found["sparsify"] = _sparsify(d_in, d_sae, k)
     return found
 
 
-def _dictionary_learning(arch: str, d_in: int, d_sae: int, k: int) -> Step:
+def _dictionary_learning(arch: str, d_in: int, d_sae: int, k: int, x: Tensor, fires: int) -> Step:
     import importlib
 
     module, name = TRAINERS[arch]
-    options: dict[str, Any] = {"group_fractions": [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]} if arch == "matryoshka" else {}
+    options: dict[str, Any] = {} if arch == "panneal" else {"k": k}
+    if arch == "matryoshka":
+        options["group_fractions"] = [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
     trainer = getattr(importlib.import_module(f"dictionary_learning.trainers.{module}"), name)(
-        steps=10**6, activation_dim=d_in, dict_size=d_sae, k=k, layer=0, lm_name="", lr=3e-4, warmup_steps=0, seed=0,
+        steps=10**6, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="", lr=3e-4, warmup_steps=0, seed=0,
         device="cpu", **options
     )  # fmt: skip
+    if fires and arch == "panneal":
+        with torch.no_grad():
+            p = trainer.ae.encoder(x - trainer.ae.bias)
+            trainer.ae.encoder.bias -= p.flatten().topk(fires * len(p)).values[-1]
     return lambda x: trainer.update(1, x)  # step 0 looks for the median first
 
 

@@ -41,7 +41,8 @@ from interp.sae.trainer import Trainer
 
 D_IN, K = 576, 32
 THEIRS = {"topk": "TopK", "batchtopk": "BatchTopK", "standard": "Standard", "gated": "Gated", "jumprelu": "JumpReLU",
-          "matryoshka": "MatryoshkaBatchTopK", "mp": "MatchingPursuit"}  # fmt: skip
+          "matryoshka": "MatryoshkaBatchTopK", "mp": "MatchingPursuit",
+          "panneal": "Standard"}  # it has no p-annealing; dictionary-learning has  # fmt: skip
 TOPK = ("topk", "batchtopk", "matryoshka")
 
 
@@ -136,7 +137,7 @@ def timed(
         second = theirs(arch, d_sae, 10**9, batch, 0, autocast=True)
         runs["interp, bfloat16"] = lambda: short.step({"x": next(feed)})
         runs["SAELens, autocast"] = lambda: second.step(next(feed))
-    others = peers(folder, arch, D_IN, d_sae, K) if folder else {}
+    others = peers(folder, arch, D_IN, d_sae, K, pool[:256], fires) if folder else {}
     for name, step in others.items():
         runs[name] = lambda step=step: step(next(feed))
     times = interleave(runs, rounds, seconds=seconds, warmups=1)
