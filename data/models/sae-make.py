@@ -2,6 +2,7 @@
 
     python data/models/sae-make.py sae-monet-mini --work acts
     python data/models/sae-make.py sae-olmoe-mini --work acts
+    python data/models/sae-make.py sae-llama-mini --work acts
     python data/models/sae-make.py sae-smollm2 --work acts
 
 Text of every domain's train split in equal parts is written as activations to ``--work``, an SAE is trained on them,
@@ -46,6 +47,7 @@ class Recipe:
 RECIPES = {
     "sae-monet-mini": Recipe("monet-mini", "resid_post[3]", 1280, 3, {"d_sae": 1024, "k": 16, "lr": 1e-3}),
     "sae-olmoe-mini": Recipe("olmoe-mini", "resid_post[3]", 1280, 3, {"d_sae": 1024, "k": 16, "lr": 1e-3}),
+    "sae-llama-mini": Recipe("llama-mini", "resid_post[3]", 1280, 3, {"d_sae": 1024, "k": 16, "lr": 1e-3}),
     "sae-smollm2": Recipe("smollm2", "resid_post[15]", 896, 4, {"d_sae": 2048, "k": 32, "lr": 6e-4}),
 }
 

@@ -28,7 +28,7 @@ def test_its_card_is_filled_in(name: str) -> None:
     assert sum(file.stat().st_size for file in (trained_dir() / name).iterdir()) < 8_000_000
 
 
-@pytest.mark.parametrize("model", ["monet-mini", "olmoe-mini"])
+@pytest.mark.parametrize("model", ["monet-mini", "olmoe-mini", "llama-mini"])
 def test_the_small_one_explains_its_model(model: str) -> None:
     name = f"sae-{model}"
     if model not in models() or name not in sae.names():
