@@ -1,9 +1,10 @@
-"""Pre-activations of all latents, some hundred tokens at a time: the one dense product that a sparse step keeps.
+"""Pre-activations of all latents, a thousand tokens at a time: the one dense product that a sparse step keeps.
 
 torch multiplies on x86 processors by Intel's MKL, which leaves some of AMD's arithmetic unused. The OpenBLAS inside
-NumPy has kernels for those too and is a tenth to a fifth quicker there; at 18,432 latents this product is most of a
-step. Which of them multiplies is decided by the processor and not by a clock, so that a run which was resumed repeats
-the unbroken one bit for bit.
+NumPy has kernels for those too: on one thread a step with 18,432 latents, of which this product is the most, takes up to
+a tenth less time. With more threads the two libraries' threads get into each other's way, so it is used with one alone.
+Which of them multiplies is decided by the processor and not by a clock, so that a run which was resumed repeats the
+unbroken one bit for bit.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def chunks(
         return
     memory = scratch or Scratch()
     buffer = memory("p", (min(CHUNK, len(x)), len(encoder)), x)
-    blas = _openblas() if x.device.type == "cpu" and x.dtype == encoder.dtype == torch.float32 else None
-    if blas is None or len(x) < FEW:
+    plain = x.device.type == "cpu" and x.dtype == encoder.dtype == torch.float32
+    blas = _openblas() if plain and len(x) >= FEW and torch.get_num_threads() == 1 else None
+    if blas is None:
         for start in range(0, len(x), CHUNK):
             part = x[start : start + CHUNK]
             yield start, torch.addmm(bias, part, encoder.T, out=buffer[: len(part)])
@@ -52,7 +54,7 @@ def chunks(
     for start in range(0, len(x), CHUNK):
         part = rows[start : start + CHUNK]
         p = buffer[: len(part)]
-        with blas.limit(limits=torch.get_num_threads()):  # it has threads of its own, and would take every core
+        with blas.limit(limits=1):  # by itself it would take every core
             np.matmul(part.numpy(), table.numpy().T, out=p.numpy())
         yield start, p
 

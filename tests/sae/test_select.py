@@ -37,6 +37,7 @@ def test_pre_activations_are_the_dense_product(library: str, n: int, monkeypatch
     """By both libraries, whichever this processor has; in several chunks, with memory that is used again."""
     blas = ThreadpoolController().select(internal_api="openblas") if library == "NumPy" else None
     monkeypatch.setattr(dense, "_openblas", lambda: blas)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(dense, "CHUNK", 200)
     before = ThreadpoolController().info()
     scratch = Scratch()
