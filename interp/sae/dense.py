@@ -1,7 +1,7 @@
 """Pre-activations of all latents, a thousand tokens at a time: the one dense product that a sparse step keeps.
 
 torch multiplies on x86 processors by Intel's MKL, which leaves some of AMD's arithmetic unused. The OpenBLAS inside
-NumPy has kernels for those too: on one thread a step with 18,432 latents, of which this product is the most, takes up to
+NumPy has kernels for those too: on one thread a step with 18,432 latents, mostly this product, takes up to
 a tenth less time. With more threads the two libraries' threads get into each other's way, so it is used with one alone.
 Which of them multiplies is decided by the processor and not by a clock, so that a run which was resumed repeats the
 unbroken one bit for bit.
