@@ -41,14 +41,13 @@ TEMPLATES = {"word_length": ("Q: {}\nA:", "", "\n\n")}
 class Sizes(NamedTuple):
     """How many prompts heads are read from, shuffled prompts their effects are measured in, and examples choose."""
 
-    prompts: int = 60
-    trials: int = 20
-    choosing: int = 20
+    prompts: int
+    trials: int
+    choosing: int
 
 
 def function_vectors(
-    m: Any, directory: Path, out: Path, *, items: int, controls: int, only: list[str] | None = None,
-    sizes: Sizes | None = None,
+    m: Any, directory: Path, out: Path, *, items: int, sizes: Sizes, controls: int, only: list[str] | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One row per task: 10-shot accuracy, zero-shot accuracy, and that with each vector, [mean, low, high].
 
@@ -57,15 +56,15 @@ def function_vectors(
         directory: see `_steer_data`.
         out: where each task's row is kept.
         items: how many held-out examples are scored.
+        sizes: of what vectors are read from and chosen by.
         controls: not used; the random heads are drawn `DRAWS` times.
         only: the tasks' names; default `TASKS`.
-        sizes: of the draws.
     """
     for name, examples in data.tasks(directory, only or TASKS).items():
         file = out / f"function-vector-{name}.json"
         if not file.exists():
             template = TEMPLATES.get(name, TEMPLATE)
-            file.write_text(json.dumps({"task": name} | _task(m, examples, items, template, sizes or Sizes())))
+            file.write_text(json.dumps({"task": name} | _task(m, examples, items, template, sizes)))
         yield json.loads(file.read_text())
 
 

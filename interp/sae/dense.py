@@ -1,9 +1,9 @@
 """Pre-activations of all latents, a thousand tokens at a time: the one dense product that a sparse step keeps.
 
 torch multiplies on x86 processors by Intel's MKL, which leaves some of AMD's arithmetic unused. The OpenBLAS inside
-NumPy has kernels for those too: on one thread a step with 18,432 latents, mostly this product, takes up to
-a tenth less time. With more threads the two libraries' threads get into each other's way, so it is used with one alone.
-Which of them multiplies is decided by the processor and not by a clock, so that a run which was resumed repeats the
+NumPy has kernels for those too: on one thread a step with 18,432 latents, mostly this product, takes up to a tenth less
+time. With more threads the two libraries' threads get into each other's way, so it is used with one alone. Which of
+them multiplies is decided by the processor and the threads, not by a clock, so that a run which was resumed repeats the
 unbroken one bit for bit.
 """
 
@@ -49,8 +49,7 @@ def chunks(
         return
     import numpy as np
 
-    rows = _beside(memory("x, 1", _wider(x), x), x, 1.0)
-    table = _beside(memory("E, b", _wider(encoder), x), encoder, bias)
+    rows, table = _beside(x, 1.0, "x, 1", memory), _beside(encoder, bias, "E, b", memory)
     for start in range(0, len(x), CHUNK):
         part = rows[start : start + CHUNK]
         p = buffer[: len(part)]
@@ -59,12 +58,9 @@ def chunks(
         yield start, p
 
 
-def _wider(x: Tensor) -> tuple[int, int]:
-    return len(x), x.shape[1] + 1
-
-
-def _beside(out: Tensor, x: Tensor, last: Tensor | float) -> Tensor:
+def _beside(x: Tensor, last: Tensor | float, name: str, memory: Scratch) -> Tensor:
     """`x` with one more column: [x, 1] [E, b]^T = x E^T + b without a second pass over the products."""
+    out = memory(name, (len(x), x.shape[1] + 1), x)
     out[:, :-1] = x
     out[:, -1] = last
     return out

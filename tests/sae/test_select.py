@@ -36,7 +36,8 @@ def test_equal_entries_and_nan_are_chosen_as_by_torch() -> None:
 def test_pre_activations_are_the_dense_product(library: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By both libraries, whichever this processor has; in several chunks, with memory that is used again."""
     blas = ThreadpoolController().select(internal_api="openblas") if library == "NumPy" else None
-    monkeypatch.setattr(dense, "_openblas", lambda: blas)
+    asked: list[int] = []
+    monkeypatch.setattr(dense, "_openblas", lambda: asked.append(n) or blas)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(dense, "CHUNK", 200)
     before = ThreadpoolController().info()
@@ -48,6 +49,7 @@ def test_pre_activations_are_the_dense_product(library: str, n: int, monkeypatch
             found = {start: p.clone() for start, p in dense.chunks(x, encoder, bias, scratch=scratch)}
         assert list(found) == list(range(0, n, 200))
         torch.testing.assert_close(torch.cat(list(found.values())), x @ encoder.T + bias, rtol=1e-5, atol=1e-5)
+    assert bool(asked) == (n >= dense.FEW)
     assert ThreadpoolController().info() == before  # the library's own number of threads stands again
 
 
@@ -69,20 +71,22 @@ def test_fewer_positive_than_wanted_are_all_kept() -> None:
     assert torch.allclose(support.scatter(values), (x @ encoder.T - 2).relu(), atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [50, 90], ids=["fewer tokens than latents", "more tokens than latents"])
 @pytest.mark.parametrize("share", [0.01, 0.5])
-def test_kernels_are_the_dense_products(share: float) -> None:
-    mask = torch.rand(50, 70) < share
+def test_kernels_are_the_dense_products(share: float, tokens: int) -> None:
+    mask = torch.rand(tokens, 70) < share
     mask[3] = False  # a token and a latent without entries
     mask[:, 5] = False
     rows, ids = mask.nonzero(as_tuple=True)
-    support = Support(rows, ids, 50, 70)
-    values, table, x = torch.randn(len(ids)), torch.randn(70, 8), torch.randn(50, 8)
+    support = Support(rows, ids, tokens, 70)
+    assert support.dense == (share > 0.1)
+    values, table, x = torch.randn(len(ids)), torch.randn(70, 8), torch.randn(tokens, 8)
     code = support.scatter(values)
     assert torch.allclose(bag(values, ids, support.starts, table), code @ table, atol=1e-4)
     assert torch.allclose(decode(values, table, support), code @ table, atol=1e-4)
     assert torch.allclose(transposed(support, values, x), code.T @ x, atol=1e-4)
     assert torch.allclose(sampled(support, x, table), (x @ table.T)[mask], atol=1e-4)
-    assert torch.equal(Support.flat(mask.flatten().nonzero().squeeze(1), 50, 70).ids, ids)
+    assert torch.equal(Support.flat(mask.flatten().nonzero().squeeze(1), tokens, 70).ids, ids)
 
 
 def test_kept_memory_changes_no_number() -> None:
