@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from interp.sae import pursuit
-from interp.sae.kernels import Full, Scratch, Support, decode, pre_activations
+from interp.sae.kernels import Full, Support, decode, pre_activations
+from interp.sae.scratch import Scratch
 from interp.sae.select import above, batch_top_k, busy, top_k
 from interp.sae.settings import Settings
 from interp.sae.shards import WHOLE, Shard
 
 Weights = dict[str, Tensor]
+RELU = ("standard", "panneal", "gated", "jumprelu")  # what fires is not chosen but follows from the weights
 
 
 @dataclass
@@ -41,6 +43,7 @@ class State:
         p, factor: panneal: the exponent, and what keeps the penalty continuous when it changes.
         done: part of the training that lies behind, 0..1.
         part: the latents that this process has; all of them, unless several processes share them.
+        full: whether most latents fire on this batch, so that all are computed; None: not looked at yet.
         scratch: memory that every step uses again.
     """
 
@@ -51,19 +54,26 @@ class State:
     done: float = 0.0
     steps: int = 0
     part: Shard = WHOLE
+    full: bool | None = None
     scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     def scalars(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("silent", "part", "scratch")}
+        return {k: v for k, v in vars(self).items() if k not in ("silent", "part", "full", "scratch")}
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a forward pass gives: the loss to descend, its parts, the codes, and the reconstruction [row, d_out]."""
+    """What a forward pass gives.
+
+    Attributes:
+        loss: what is descended.
+        fired: tokens at which each latent is positive [d_sae].
+        output: the reconstruction [row, d_out].
+        parts: terms of the loss.
+    """
 
     loss: Tensor
-    support: Support | Full
-    values: Tensor
+    fired: Tensor
     output: Tensor
     parts: dict[str, float] = field(default_factory=dict)
 
@@ -193,7 +203,7 @@ def _topk(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
         output = reconstruct(w, x, amounts, support, state.part, state.scratch)
         loss = squared_error(y, output) / total
     revive = auxiliary(w, xc, centre, y - output, state, s, norms) if s.aux else loss.new_zeros(())
-    return Step(loss + s.aux * revive, support, z, output.detach(), {"aux": float(revive.detach())})
+    return Step(loss + s.aux * revive, support.fired(z), output.detach(), {"aux": float(revive.detach())})
 
 
 def _prefixes(w: Weights, x: Tensor, amounts: Tensor, support: Support, part: Shard, s: Settings) -> Any:
@@ -219,21 +229,34 @@ def _follow(state: State, z: Tensor, s: Settings) -> None:
 
 
 # -- the relu family -------------------------------------------------------------------------------------------
-def _exceeding(
-    w: Weights, x: Tensor, state: State, s: Settings, threshold: Tensor | float
-) -> tuple[Support | Full, Tensor]:
-    """Pre-activations above a threshold, or all of them where most are: (support, p)."""
+def _reach(w: Weights, s: Settings) -> Tensor | float:
+    """What a pre-activation must exceed to matter: 0, or where a threshold can still learn from it, [d_sae]."""
+    return w["threshold"].detach().clamp(min=0) - (s.bandwidth or 0.0) / 2 if s.arch == "jumprelu" else 0.0
+
+
+@torch.no_grad()
+def fires_everywhere(w: Weights, x: Tensor, state: State, s: Settings) -> bool:
+    """Whether so many latents of a ReLU fire that all are computed, as in a fresh autoencoder."""
+    if s.arch not in RELU:
+        return False
+    xc, _ = centred(w, x[:: max(1, len(x) // 128)][:128], state, s)
+    return busy(xc, w["encoder"], w["b_enc"], _reach(w, s))
+
+
+def _exceeding(w: Weights, x: Tensor, state: State, s: Settings) -> tuple[Support | Full, Tensor]:
+    """Pre-activations that matter, or all of them where most do: (support, p)."""
     xc, centre = centred(w, x, state, s)
-    encoder, bias = w["encoder"].detach(), w["b_enc"].detach()
-    if busy(xc, encoder, bias, threshold):
-        full = Full(len(xc), len(encoder))
-        return full, pre_activations(xc, centre, w["encoder"], w["b_enc"], full)
-    support, found = above(xc, encoder, bias, threshold)
-    return support, pre_activations(xc, centre, w["encoder"], w["b_enc"], support, found)
+    half = s.encode == "bfloat16"
+    full = fires_everywhere(w, x, state, s) if state.full is None else state.full
+    if full:
+        everything = Full(len(xc), len(w["encoder"]), half)
+        return everything, pre_activations(xc, centre, w["encoder"], w["b_enc"], everything)
+    support, found = above(xc, w["encoder"].detach(), w["b_enc"].detach(), _reach(w, s), half)
+    return support, pre_activations(xc, centre, w["encoder"], w["b_enc"], support, None if half else found)
 
 
 def _relu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
-    support, p = _exceeding(w, x, state, s, 0.0)
+    support, p = _exceeding(w, x, state, s)
     z = p.relu()
     output = reconstruct(w, x, z, support, state.part)
     error = squared_error(y, output)
@@ -242,9 +265,9 @@ def _relu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
         _anneal(state, z.detach(), s)
         penalty = state.factor * state.part.total(_power(z, state.p).sum()) / len(x)
     else:
-        penalty = state.part.total((z * support.at(penalty_norms(w["decoder"], s))).sum()) / len(x)
+        penalty = state.part.total(support.weighed(z, penalty_norms(w["decoder"], s))) / len(x)
     parts = {"mse": float(error.detach()), "sparsity": float(penalty.detach())}
-    return Step(error + coefficient * penalty, support, z.detach(), output.detach(), parts)
+    return Step(error + coefficient * penalty, support.fired(z.detach()), output.detach(), parts)
 
 
 def _sparsity(state: State, s: Settings) -> float:
@@ -254,14 +277,18 @@ def _sparsity(state: State, s: Settings) -> float:
 
 def _power(z: Tensor, p: float) -> Tensor:
     """z^p, 0 at 0, with a finite slope there."""
-    return z * (z + 1e-12).pow(p - 1)
+    return z if p == 1 else z * (z + 1e-12).pow(p - 1)
+
+
+def exponent(state: State, s: Settings) -> float:
+    """panneal: the p of the next step."""
+    along = max(0.0, (state.done - s.p_start_at) / max(1e-9, 1 - s.p_start_at))
+    return 1 - (1 - s.p_end) * min(1.0, int(along * 10 + 1e-9) / 10)
 
 
 def _anneal(state: State, z: Tensor, s: Settings) -> None:
     """p falls in ten steps from 1 to p_end; at each the penalty keeps its size on this batch."""
-    along = max(0.0, (state.done - s.p_start_at) / max(1e-9, 1 - s.p_start_at))
-    p = 1 - (1 - s.p_end) * min(1.0, int(along * 10 + 1e-9) / 10)
-    if p != state.p:
+    if (p := exponent(state, s)) != state.p:
         before, after = (state.part.total(_power(z, power).sum()) for power in (state.p, p))
         if before > 0:
             state.factor *= float(before / after.clamp_min(1e-12))
@@ -269,16 +296,16 @@ def _anneal(state: State, z: Tensor, s: Settings) -> None:
 
 
 def _gated(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
-    support, p = _exceeding(w, x, state, s, 0.0)
+    support, p = _exceeding(w, x, state, s)
     at, gate = support.at, p.relu()
     z = (p > 0) * ((p - at(w["b_enc"])) * at(w["r_mag"].exp()) + at(w["b_mag"])).relu()
     output = reconstruct(w, x, z, support, state.part)
     error = squared_error(y, output)
     frozen = {name: weight.detach() for name, weight in w.items()}  # the decoder learns from the real codes alone
     helper = squared_error(y, reconstruct(frozen, x, gate, support, state.part))
-    penalty = state.part.total((gate * at(penalty_norms(w["decoder"], s))).sum()) / len(x)
+    penalty = state.part.total(support.weighed(gate, penalty_norms(w["decoder"], s))) / len(x)
     parts = {"mse": float(error.detach()), "sparsity": float(penalty.detach()), "gate": float(helper.detach())}
-    return Step(error + helper + _sparsity(state, s) * penalty, support, z.detach(), output.detach(), parts)
+    return Step(error + helper + _sparsity(state, s) * penalty, support.fired(z.detach()), output.detach(), parts)
 
 
 # -- jumprelu --------------------------------------------------------------------------------------------------
@@ -318,8 +345,7 @@ def _jumprelu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> St
     assert s.bandwidth is not None
     with torch.no_grad():
         w["threshold"].clamp_(min=0)
-    reach = w["threshold"].detach() - s.bandwidth / 2  # below the threshold an entry can still teach it
-    support, p = _exceeding(w, x, state, s, reach)
+    support, p = _exceeding(w, x, state, s)
     threshold = support.at(w["threshold"]).expand_as(p)
     z = _Jump.apply(p, threshold, s.bandwidth)
     output = reconstruct(w, x, z, support, state.part)
@@ -328,7 +354,7 @@ def _jumprelu(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> St
     penalty = l0 if s.k is None else (l0 / s.k - 1).square()  # l0 is the batch's mean
     parts = {"mse": float(error.detach()), "sparsity": float(penalty.detach())}
     loss = error + _sparsity(state, s) * penalty
-    return Step(loss, support, z.detach(), output.detach(), parts)
+    return Step(loss, support.fired(z.detach()), output.detach(), parts)
 
 
 # -- matching pursuit ------------------------------------------------------------------------------------------
@@ -336,7 +362,7 @@ def _pursuit(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Ste
     assert s.k is not None
     support, values, left = pursuit.matching(x - w["b_dec"], w["decoder"], int(s.k))
     loss = left.square().sum(1).mean() / variance(y)
-    return Step(loss, support, values.detach(), (y - left).detach(), {})
+    return Step(loss, support.fired(values.detach()), (y - left).detach(), {})
 
 
 Forward = Callable[[Weights, Tensor, Tensor, State, Settings], Step]

@@ -1,10 +1,9 @@
-"""Pre-activations of all latents, a thousand tokens at a time: the one dense product that a sparse step keeps.
+"""Dense products: the one that a sparse step keeps, and the five of a step in which most latents fire.
 
 torch multiplies on x86 processors by Intel's MKL, which leaves some of AMD's arithmetic unused. The OpenBLAS inside
-NumPy has kernels for those too: on one thread a step with 18,432 latents, mostly this product, takes up to a tenth less
-time. With more threads the two libraries' threads get into each other's way, so it is used with one alone. Which of
-them multiplies is decided by the processor and the threads, not by a clock, so that a run which was resumed repeats the
-unbroken one bit for bit.
+NumPy has kernels for those too: on one thread a step takes up to a tenth less time. With more threads the two
+libraries' threads get into each other's way, so it is used with one alone. Which of them multiplies is decided by the
+processor and the threads, not by a clock, so that a run which was resumed repeats the unbroken one bit for bit.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from interp.sae.kernels import Scratch
+from interp.sae.scratch import Scratch
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -40,8 +39,7 @@ def chunks(
         return
     memory = scratch or Scratch()
     buffer = memory("p", (min(CHUNK, len(x)), len(encoder)), x)
-    plain = x.device.type == "cpu" and x.dtype == encoder.dtype == torch.float32
-    blas = _openblas() if plain and len(x) >= FEW and torch.get_num_threads() == 1 else None
+    blas = _quicker(x, encoder) if len(x) >= FEW else None
     if blas is None:
         for start in range(0, len(x), CHUNK):
             part = x[start : start + CHUNK]
@@ -64,6 +62,67 @@ def _beside(x: Tensor, last: Tensor | float, name: str, memory: Scratch) -> Tens
     out[:, :-1] = x
     out[:, -1] = last
     return out
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b; of matrices in bfloat16 the result is float32, rounded to bfloat16's digits."""
+    if a.dtype == torch.bfloat16:
+        return (a @ b).float()
+    if (blas := _quicker(a, b)) is None:
+        return a @ b
+    import numpy as np
+
+    out = torch.empty(a.shape[0], b.shape[1])
+    with blas.limit(limits=1):
+        np.matmul(a.detach().numpy(), b.detach().numpy(), out=out.numpy())
+    return out
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, centre: Tensor | None, encoder: Tensor, bias: Tensor, half: bool) -> Tensor:
+        short = [t.bfloat16() if half else t for t in (x, encoder)]
+        ctx.save_for_backward(short[0], encoder)
+        return product(short[0], short[1].T).add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, encoder = ctx.saved_tensors
+        needs, d_bias = ctx.needs_input_grad, grad.sum(0)
+        d_encoder = product(grad.to(x.dtype).T, x) if needs[2] else None
+        # one centre for all tokens: its gradient needs only the sum over them, which the bias has
+        return None, -(d_bias @ encoder) if needs[1] else None, d_encoder, d_bias, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, decoder: Tensor, half: bool) -> Tensor:
+        short = [t.bfloat16() if half else t for t in (values, decoder)]
+        ctx.save_for_backward(*short)
+        return product(*short)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, decoder = ctx.saved_tensors
+        grad = grad.to(values.dtype).contiguous()
+        needs = ctx.needs_input_grad
+        return product(grad, decoder.T) if needs[0] else None, product(values.T, grad) if needs[1] else None, None
+
+
+def encode(x: Tensor, centre: Tensor | None, encoder: Tensor, bias: Tensor, half: bool = False) -> Tensor:
+    """x E^T + b [row, d_sae], differentiable in E, b and the centre that was taken from x, which itself is data."""
+    return _Encode.apply(x, centre, encoder, bias, half)
+
+
+def decode(values: Tensor, decoder: Tensor, half: bool = False) -> Tensor:
+    """values D [row, d_out], differentiable in both."""
+    return _Decode.apply(values, decoder, half)
+
+
+def _quicker(a: Tensor, b: Tensor) -> ThreadpoolController | None:
+    """NumPy's library, where it is the one to multiply these."""
+    plain = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
+    return _openblas() if plain and torch.get_num_threads() == 1 else None
 
 
 @cache

@@ -26,24 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-
-class Scratch:
-    """Memory that is used again in every step.
-
-    Fresh memory comes from the kernel page by page: for the gradients and buffers of 18,432 latents that took a sixth
-    of a step. What is kept under a name is overwritten by the next who asks for it.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of that shape on `like`'s device, with anything in it."""
-        found, dtype = self._kept.get(name), dtype or like.dtype
-        if found is None or found.shape != shape or found.dtype != dtype or found.device != like.device:
-            found = self._kept[name] = torch.empty(shape, dtype=dtype, device=like.device)
-        return found
-
+from interp.sae import dense
+from interp.sae.scratch import Scratch
 
 #: Share of entries that fire above which the dense way is the quicker one.
 DENSE_ABOVE = 0.03
@@ -95,6 +79,10 @@ class Support:
         """Tokens at which each latent is positive [d_sae]."""
         return torch.bincount(self.ids[values > 0], minlength=self.d_sae)
 
+    def weighed(self, values: Tensor, per_latent: Tensor) -> Tensor:
+        """The sum of all entries, each times its latent's number [d_sae]."""
+        return (values * self.at(per_latent)).sum()
+
     def where(self, keep: Tensor) -> Support:
         """The entries for which `keep` [entry] is True."""
         return Support(self.rows[keep], self.ids[keep], self.n_rows, self.d_sae)
@@ -117,16 +105,23 @@ class Support:
 
 @dataclass(frozen=True)
 class Full:
-    """Every (token, latent) pair: values are a matrix [row, d_sae], and a value per latent is a row that broadcasts."""
+    """Every (token, latent) pair: values are a matrix [row, d_sae], and a value per latent is a row that broadcasts.
+
+    With `half` the products are taken in bfloat16.
+    """
 
     n_rows: int
     d_sae: int
+    half: bool = False
 
     def at(self, per_latent: Tensor) -> Tensor:
         return per_latent
 
     def fired(self, values: Tensor) -> Tensor:
-        return (values > 0).sum(0)
+        return values.sign().sum(0).long()  # none is negative; three times quicker than counting booleans
+
+    def weighed(self, values: Tensor, per_latent: Tensor) -> Tensor:
+        return values.sum(0) @ per_latent
 
 
 def _starts(keys: Tensor, n: int, ordered: bool = True) -> Tensor:
@@ -265,9 +260,7 @@ def pre_activations(
         scratch: where E's gradient is written; it is overwritten by the next backward pass that is given the same.
     """
     if isinstance(support, Full):
-        if centre is not None:  # nothing is added, but the gradient reaches the centre
-            bias = bias - encoder @ (centre - centre.detach())
-        return torch.nn.functional.linear(x, encoder, bias)
+        return dense.encode(x, centre, encoder, bias, support.half)
     return _PreActivations.apply(x, centre, encoder, bias, support, given, scratch)
 
 
@@ -296,5 +289,5 @@ def decode(values: Tensor, decoder: Tensor, support: Support | Full, scratch: Sc
     D's gradient is written into `scratch`, as in `pre_activations`.
     """
     if isinstance(support, Full):
-        return values @ decoder
+        return dense.decode(values, decoder, support.half)
     return _Decode.apply(values, decoder, support, scratch)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from interp.sae import dense
-from interp.sae.kernels import Scratch, Support
+from interp.sae.kernels import Support
+from interp.sae.scratch import Scratch
 from interp.sae.shards import WHOLE, Shard
 
 BUSY = 0.05  # share of entries

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from interp.bridges.sae_lens import SAEError
 from interp.sae.architectures import (
-    FORWARD,
     State,
     Step,
     Weights,
@@ -28,6 +27,7 @@ from interp.sae.architectures import (
     variance,
 )
 from interp.sae.autoencoder import SAE
+from interp.sae.pieces import learn
 from interp.sae.settings import Settings
 from interp.sae.shards import WHOLE, Shard
 from interp.sae.sources import UNNAMED
@@ -110,8 +110,7 @@ class Trainer:
         x, y = self.prepared(batch)
         state.done = state.steps / s.steps
         self.optimizer.zero_grad(set_to_none=True)
-        out = FORWARD[s.arch](self.weights, x, y, state, s)
-        out.loss.backward()
+        out = learn(self.weights, x, y, state, s)
         state.part.collect(self.weights["b_dec"])
         self._shared()
         if has_unit_rows(s):
@@ -123,7 +122,7 @@ class Trainer:
         self.optimizer.step()
         if has_unit_rows(s):
             renormalise(self.weights["decoder"])
-        fired = out.support.fired(out.values) > 0
+        fired = out.fired > 0
         state.silent += len(x) * self.copies
         state.silent[_any(fired) if self.copies > 1 else fired] = 0
         state.steps += 1
@@ -162,7 +161,7 @@ class Trainer:
         s, loss = self.settings, float(out.loss.detach())
         if not torch.isfinite(out.loss):
             raise SAEError(f"step {self.state.steps}: the loss is {loss}; try a lower lr (it is {s.lr:g})")
-        fires, dead = self.state.part.count(int((out.values > 0).sum())), self.dead
+        fires, dead = self.state.part.count(int(out.fired.sum())), self.dead
         self.rows.append({
             "step": self.state.steps, "tokens": self.counts.tokens, "loss": loss,
             "fvu": float(squared_error(y, out.output) / variance(y)), "l0": fires / max(1, len(y)),

@@ -9,30 +9,9 @@ import torch
 from torch import Tensor
 
 from interp.sae import kernels, select
-from interp.sae.architectures import FORWARD, State, initial
-from interp.sae.settings import DEFAULTS, NEEDS_K, Settings, complete
-
-D, M, B, K = 12, 40, 64, 4
-
-
-def settings(arch: str, **more: Any) -> Settings:
-    given = {"k": K if arch in NEEDS_K else None, "batch_size": B, "tokens": 100 * B, "dead_after": 1000, **more}
-    return complete(Settings(arch, D, given.pop("d_out", D), M, **given))
-
-
-def setup(s: Settings) -> tuple[dict[str, Tensor], Tensor, Tensor, State]:
-    g = torch.Generator().manual_seed(1)
-    x = 1.5 * torch.randn(B, D, generator=g, dtype=torch.float64) + 0.5
-    y = x if s.shape != "transcoder" else torch.randn(B, s.d_out, generator=g, dtype=torch.float64)
-    w = initial(s, y.float())
-    for name, weight in w.items():  # nothing is zero, one, or tied any more
-        noise = torch.randn(weight.shape, generator=g, dtype=torch.float64)
-        w[name] = weight.double() + (0.02 * noise.abs() if name == "threshold" else 0.1 * noise)
-        if s.decoder_norm == "unit" and name == "decoder":
-            w[name] = torch.nn.functional.normalize(w[name], dim=1)
-    state = State(torch.zeros(M, dtype=torch.long), done=0.5)
-    state.silent[:9] = 5000  # dead, as far as the loss knows
-    return {n: t.requires_grad_(True) for n, t in w.items()}, x, y, state
+from interp.sae.architectures import FORWARD, State
+from interp.sae.settings import DEFAULTS, Settings
+from tests.sae.small import B, D, K, M, settings, setup
 
 
 # -- the literal versions: dense codes, dense products, autograd ---------------------------------------------------
@@ -153,7 +132,7 @@ def test_jumprelu_has_the_papers_pseudo_gradients(
     assert torch.allclose(found["decoder"], 2 * z.T @ error / B, atol=1e-12)
     assert torch.allclose(found["b_dec"], d_b, atol=1e-12)
     assert float(step.loss.detach()) == pytest.approx(float(loss.detach()))
-    assert int((step.values > 0).sum()) == int(on.sum())
+    assert torch.equal(step.fired, on.sum(0).long())
 
 
 def test_revived_latents_get_gradients_that_others_do_not() -> None:
@@ -165,7 +144,8 @@ def test_revived_latents_get_gradients_that_others_do_not() -> None:
         w["b_enc"].requires_grad_(True)
     step = FORWARD["topk"](w, x, y, state, s)
     grads = dict(zip(w, torch.autograd.grad(step.loss, list(w.values())), strict=True))
-    assert not bool((step.support.ids < 9).any())
+    chosen, _ = select.top_k(x - w["b_dec"].detach(), w["encoder"].detach(), w["b_enc"].detach(), K)
+    assert not bool((chosen.ids < 9).any())
     for name in ("encoder", "decoder", "b_enc"):
         assert bool(
             (grads[name][:9].abs().flatten(1).sum(1) if grads[name].dim() > 1 else grads[name][:9].abs()).gt(0).all()
