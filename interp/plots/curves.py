@@ -90,7 +90,8 @@ def sae_frontier(table: pd.DataFrame, title: str = "", metric: str | None = None
     needs(table, ("name", "metric", "value"), "sae_frontier", "sae.pareto")
     wide = table.pivot_table(index="name", columns="metric", values="value")
     metric = metric or ("ce_recovered" if "ce_recovered" in wide else "fvu")
-    needs(wide, ("l0", metric), "sae_frontier", "sae.pareto with a model and texts")
+    made = "sae.pareto" if metric == "fvu" else "sae.pareto with a model and texts"
+    needs(wide, ("l0", metric), "sae_frontier", made)
     wide = wide.sort_values("l0")
     bounds = table[table["metric"] == metric].set_index("name") if "low" in table else None
     gain = -wide[metric] if metric in found.LESS_IS_BETTER else wide[metric]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -44,6 +45,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama") / "little-llama"
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint that the test may damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture
+def own_code(copy: Path) -> Path:
+    """A checkpoint with Python of its own that leaves a mark when it runs."""
+    (copy / "custom.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "Path(__file__).with_name('ran').touch()\n"
+        "import builtins; builtins.interp_test_ran = True\n"
+        "class Config(LlamaConfig):\n    model_type = 'custom_llama'\n"
+        "class Custom(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Custom"}
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
 
 
 @pytest.fixture(scope="session")
