@@ -43,9 +43,9 @@ class Settings:
         k_aux: dead latents used in it, per token.
         dead_after: tokens without firing after which a latent counts as dead.
         widths: matryoshka: latents of each nested prefix; the last is d_sae.
-        encode: float32, or bfloat16 where the processor is quicker at it (AVX512-BF16, AMX, GPUs): precision in which it
-            is found *which* latents fire, while their values stay float32; and of all products of an autoencoder with a
-            ReLU as long as most of its latents fire.
+        encode: float32, or bfloat16 where the processor is quicker at it (AVX512-BF16, AMX, GPUs): the precision in
+            which it is found *which* latents fire (their values stay float32), and that of all products while most
+            latents of an autoencoder with a ReLU fire.
         scale: inputs are divided so that their mean norm is sqrt(d_in); folded into the weights at the end.
         outliers: tokens whose norm exceeds the median's this many times are left out and counted; None keeps all.
         seed: of the initial weights and of the order of the data.
