@@ -21,23 +21,29 @@ LEAST = 256  # tokens of a piece; fewer make the products slow
 def learn(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings) -> Step:
     """Forward and backward: the gradients are added to the weights'."""
     state.full = fires_everywhere(w, x, state, s)
-    pieces = state.full and x.device.type == "cpu" and state.part.world == 1 and _additive(state, s)
-    size = max(LEAST, ENTRIES // s.d_sae) if pieces else len(x)
-    steps, shares = [], []
-    for part, aim in zip(x.split(size), y.split(size), strict=True):
-        step = FORWARD[s.arch](w, part, aim, state, s)
-        shares.append(len(part) / len(x))
-        (step.loss * shares[-1]).backward()
-        steps.append(step)
-    if len(steps) == 1:
-        return steps[0]
+    if state.full and x.device.type == "cpu" and state.part.world == 1 and _additive(state, s):
+        size = max(LEAST, ENTRIES // s.d_sae)
+        return _joined([_learnt(w, a, b, state, s, len(x)) for a, b in zip(x.split(size), y.split(size), strict=True)])
+    step = FORWARD[s.arch](w, x, y, state, s)
+    step.loss.backward()
+    return step
+
+
+def _learnt(w: Weights, x: Tensor, y: Tensor, state: State, s: Settings, tokens: int) -> Step:
+    """A piece of a batch of so many tokens; its loss and their terms weigh as much as its share."""
+    step, share = FORWARD[s.arch](w, x, y, state, s), len(x) / tokens
+    (step.loss * share).backward()
+    parts = {name: part * share for name, part in step.parts.items()}
+    return Step(step.loss.detach() * share, step.fired, step.output, parts)
+
+
+def _joined(pieces: list[Step]) -> Step:
     return Step(
-        sum((step.loss.detach() * share for step, share in zip(steps, shares, strict=True)), x.new_zeros(())),
-        torch.stack([step.fired for step in steps]).sum(0),
-        torch.cat([step.output for step in steps]),
-        {name: sum(step.parts[name] * share for step, share in zip(steps, shares, strict=True))
-         for name in steps[0].parts},
-    )  # fmt: skip
+        torch.stack([piece.loss for piece in pieces]).sum(),
+        torch.stack([piece.fired for piece in pieces]).sum(0),
+        torch.cat([piece.output for piece in pieces]),
+        {name: sum(piece.parts[name] for piece in pieces) for name in pieces[0].parts},
+    )
 
 
 def _additive(state: State, s: Settings) -> bool:
