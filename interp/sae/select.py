@@ -14,7 +14,7 @@ from interp.sae.kernels import Support
 from interp.sae.scratch import Scratch
 from interp.sae.shards import WHOLE, Shard
 
-BUSY, BUSY_ON_GPU = 0.1, 0.03  # share of entries
+BUSY, BUSY_ON_GPU = 0.1, 0.05  # share of entries
 _GROUPS = 8
 _MARGIN = 0.8  # of the expected threshold of a batch: what is above it is looked at
 
