@@ -65,8 +65,10 @@ def test_workers_add_up(model: Any, kind: str, texts: dict[str, list[str]]) -> N
     first = experts.routing(model, {label: t[:1] for label, t in texts.items()}, kind=kind)
     rest = experts.routing(model, {label: texts[label][1:] for label in ("bio", "law", "code")}, kind=kind)
     both = (first + rest).only(whole.labels)
-    for name in ("tokens", "documents", "mass", "used", "doc_sum", "doc_square"):
-        torch.testing.assert_close(getattr(both, name), getattr(whole, name))
+    for name in ("tokens", "documents", "used"):
+        assert torch.equal(getattr(both, name), getattr(whole, name)), name
+    for name in ("mass", "doc_sum", "doc_square"):  # of a float32 model, whose last digits depend on the batch's shape
+        torch.testing.assert_close(getattr(both, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
 
 
 def test_saved_statistics_come_back(model: Any, kind: str, texts: dict[str, list[str]], tmp_path: Path) -> None:
