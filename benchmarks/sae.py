@@ -8,7 +8,7 @@
 Both train the same SAE: SAELens's initial weights, its parameterisation (free decoder norms, choices made as if they
 were 1), its learning rate, its clipping of gradients, Adam and batches of 4096 activations of width 576 (sums of 24 of
 2048 random directions, with exponential amounts). SAELens's step is its own `SAETrainer.step`; with ``--bfloat16`` also
-with autocast, beside our choice of latents in bfloat16, and the best of each counts. In each round every method makes
+with autocast, beside our `encode="bfloat16"`, and the best of each counts. In each round every method makes
 one step, in shuffled order. Fresh autoencoders with a ReLU fire at half of their latents, and trained ones at a few
 dozen: ``--fires`` moves the encoder's bias, for both, so that so many do. What counts is the ratio of the fastest
 rounds and of the medians; CPU time (all threads) is beside it, since it does not grow while a neighbour has the

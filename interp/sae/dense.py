@@ -35,25 +35,19 @@ def chunks(
     if half:
         short = encoder.bfloat16()
         for start in range(0, len(x), CHUNK):
-            yield start, (x[start : start + CHUNK].bfloat16() @ short.T).float().add_(bias)
+            yield start, product(x[start : start + CHUNK].bfloat16(), short.T).add_(bias)
         return
     memory = scratch or Scratch()
     buffer = memory("p", (min(CHUNK, len(x)), len(encoder)), x)
-    blas = _quicker(x, encoder) if len(x) >= FEW else None
-    if blas is None:
+    if len(x) < FEW or _quicker(x, encoder) is None:
         for start in range(0, len(x), CHUNK):
             part = x[start : start + CHUNK]
             yield start, torch.addmm(bias, part, encoder.T, out=buffer[: len(part)])
         return
-    import numpy as np
-
     rows, table = _beside(x, 1.0, "x, 1", memory), _beside(encoder, bias, "E, b", memory)
     for start in range(0, len(x), CHUNK):
         part = rows[start : start + CHUNK]
-        p = buffer[: len(part)]
-        with blas.limit(limits=1):  # by itself it would take every core
-            np.matmul(part.numpy(), table.numpy().T, out=p.numpy())
-        yield start, p
+        yield start, product(part, table.T, out=buffer[: len(part)])
 
 
 def _beside(x: Tensor, last: Tensor | float, name: str, memory: Scratch) -> Tensor:
@@ -64,16 +58,16 @@ def _beside(x: Tensor, last: Tensor | float, name: str, memory: Scratch) -> Tens
     return out
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b; of matrices in bfloat16 the result is float32, rounded to bfloat16's digits."""
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, in `out` if it is given; of matrices in bfloat16 the result is float32, rounded to bfloat16's digits."""
     if a.dtype == torch.bfloat16:
         return (a @ b).float()
     if (blas := _quicker(a, b)) is None:
-        return a @ b
+        return torch.mm(a, b, out=out)
     import numpy as np
 
-    out = torch.empty(a.shape[0], b.shape[1])
-    with blas.limit(limits=1):
+    out = torch.empty(a.shape[0], b.shape[1]) if out is None else out
+    with blas.limit(limits=1):  # by itself it would take every core
         np.matmul(a.detach().numpy(), b.detach().numpy(), out=out.numpy())
     return out
 
